@@ -1,0 +1,102 @@
+"""The Typer app, and ``main``: one line for what a person can put right, a traceback only with ``--debug``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from uad_plugins.errors import UadxError
+from uad_plugins.registry import registry
+from uadx import __version__
+from uadx.commands import data, doctor, evaluate, plugins, predict, quickstart, thresholds, train
+
+app = typer.Typer(
+    name="uadx",
+    help="One model for many products: train, evaluate and run visual anomaly detection on the edge.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(value: bool) -> None:
+    if value:
+        sys.stdout.write(f"uadx {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Options of every command."""
+
+
+app.command("quickstart")(quickstart.quickstart)
+app.command("train")(train.train)
+app.command("evaluate")(evaluate.evaluate)
+app.command("predict")(predict.predict)
+app.command("thresholds")(thresholds.thresholds)
+app.add_typer(data.app, name="data")
+app.add_typer(plugins.app, name="plugins")
+app.command("doctor")(doctor.doctor)
+
+
+def add_plugin_commands(application: typer.Typer) -> None:
+    """Add the commands of the installed plugins; a built-in command cannot be replaced."""
+    taken = {command.name for command in application.registered_commands}
+    taken |= {group.name for group in application.registered_groups}
+    for command in registry().items("command"):
+        if command.name in taken:
+            sys.stderr.write(f"uadx: command '{command.name}' of a plugin has the name of a built-in command: left out\n")
+            continue
+        single = command.app.registered_callback is None and len(command.app.registered_commands) == 1
+        if single:
+            callback = command.app.registered_commands[0].callback
+            assert callback is not None  # registered by a decorator on a function
+            application.command(command.name, help=command.summary)(callback)
+        else:
+            application.add_typer(command.app, name=command.name, help=command.summary)
+        taken.add(command.name)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 failed, 2 used wrongly, 130 interrupted."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words or bool(os.environ.get("UADX_DEBUG"))
+    # Before or after the command, as one types it.
+    words = [word for word in words if word != "--debug"]
+    try:
+        add_plugin_commands(app)
+        app(args=words, prog_name="uadx")
+    except UadxError as error:
+        if debug:
+            raise
+        sys.stderr.write(f"error: {_line(error.message)}\n")
+        if error.hint:
+            sys.stderr.write(f"hint: {_line(error.hint)}\n")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        sys.exit(130)
+    except BrokenPipeError:
+        # Whoever read our output has enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except Exception as error:
+        if debug:
+            raise
+        sys.stderr.write(f"error: {type(error).__name__}: {_line(str(error))}\n")
+        sys.stderr.write("hint: run it again with --debug to see where\n")
+        sys.exit(1)
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())

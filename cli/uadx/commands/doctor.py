@@ -1,0 +1,24 @@
+"""``uadx doctor``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from uadx.output import emit_json, say, table
+
+
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False) -> None:
+    """Tell which engines and backends can be used on this machine, and what would make the others usable."""
+    from uad_plugins.doctor import diagnose, machine
+
+    facts, found = machine(), diagnose()
+    if as_json:
+        emit_json({"machine": facts, "components": [asdict(diagnosis) for diagnosis in found]})
+        return
+    for name, value in facts.items():
+        say(f"{name}: {', '.join(value) if isinstance(value, list) else value}")
+    rows = [[d.kind, d.name, "yes" if d.usable else "no", d.detail, d.fix] for d in found]
+    table(["kind", "name", "usable", "detail", "fix"], rows)

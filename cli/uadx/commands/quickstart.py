@@ -1,0 +1,42 @@
+"""``uadx quickstart``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from uad_plugins.errors import missing_extra
+from uadx.output import emit_json, note, say, table
+
+
+def quickstart(
+    out: Annotated[Path, typer.Option("--out", help="Folder for everything.", metavar="DIR")] = Path("uadx-quickstart"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier quickstart.")] = False,
+    epochs: Annotated[int | None, typer.Option("--epochs", min=1, help="Passes over the training images.")] = None,
+    image_size: Annotated[int | None, typer.Option("--image-size", min=32, help="Input side in pixels.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Do it all once, offline, in minutes: synthetic products, one model for all of them, a report with heat maps."""
+    try:
+        from uad_plugins.evaluation.report import HEADINGS, figure
+        from uad_plugins.quickstart import run_quickstart
+    except ModuleNotFoundError as error:
+        raise missing_extra("the quickstart", "train", error) from error
+    result = run_quickstart(out, overwrite=overwrite, epochs=epochs, side=image_size, tell=note)
+    report = result.evaluation.report
+    if as_json:
+        emit_json({"out": str(out), "report": str(result.report), "seconds": result.seconds, **report})
+        return
+    rows = [[n, *(figure(v[m]) for m in HEADINGS)] for n, v in [*report["categories"].items(), ("mean", report["mean"])]]
+    table(["product", *HEADINGS.values()], rows)
+    say(f"report     {result.report}")
+    say(f"heat maps  {out / 'evaluation' / 'maps'}")
+    say(f"run        {result.run}")
+    say("")
+    say("next, on images of your own (CATEGORY/train/good, CATEGORY/test/good, CATEGORY/test/DEFECT):")
+    say("  uadx data check DATA")
+    say("  uadx train DATA --model stfpm --weights bundled --image-size 128 --epochs 30 --out RUN")
+    say("  uadx evaluate RUN DATA --out EVALUATION")
+    say("  uadx predict RUN IMAGES --category CATEGORY --out MAPS")

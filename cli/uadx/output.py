@@ -1,0 +1,71 @@
+"""What the commands print: results on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+
+def say(text: str) -> None:
+    """Print a result line on stdout."""
+    sys.stdout.write(text + "\n")
+
+
+def note(text: str) -> None:
+    """Print a remark on stderr."""
+    sys.stderr.write(text + "\n")
+
+
+def emit_json(content: Any) -> None:
+    """Print one JSON document on stdout."""
+    sys.stdout.write(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table on stdout; the first column is left-aligned, the others too where they are not numbers."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, name in enumerate(heading):
+        numeric = index > 0 and all(row[index].replace("–", "0").rstrip("%").replace(".", "").strip().isdigit() for row in rows)
+        grid.add_column(name, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        grid.add_row(*(cell.replace("[", "\\[") for cell in row))
+    console = Console(file=sys.stdout, highlight=False)
+    if not sys.stdout.isatty():
+        # A pipe has no width: a table must not be folded to 80 columns.
+        console.width = 200
+    console.print(grid)
+
+
+@contextmanager
+def counting(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Yield a function that shows how many of how many are done: in place on a terminal, now and then when piped."""
+    interactive = sys.stderr.isatty()
+    started = said = time.monotonic()
+    shown = False
+
+    def update(done: int, total: int) -> None:
+        nonlocal said, shown
+        now = time.monotonic()
+        if now - said < (0.1 if interactive else 20.0) and not (shown and done == total):
+            return
+        said, shown = now, True
+        rate = done / max(now - started, 1e-9)
+        left = (total - done) / max(rate, 1e-9)
+        line = f"{what}: {done}/{total}  {rate:.0f}/s  {left:.0f}s left"
+        sys.stderr.write(f"\r\x1b[K{line}" if interactive else f"{line}\n")
+        sys.stderr.flush()
+
+    try:
+        yield update
+    finally:
+        if interactive and shown:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()

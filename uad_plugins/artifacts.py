@@ -1,0 +1,203 @@
+"""The stations on disk: what a run holds, and writing files so that no half-written one is ever read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from uad_plugins.config import TrainConfig, read_yaml, validate
+from uad_plugins.errors import UadxError
+
+MANIFEST = "run.json"
+SCHEMA = "uadx.run/1"
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path`` that replaces it when the block ends without an error.
+
+    The content reaches the disk before the name does: after a power cut there is the old file or the new one.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        os.replace(temporary, path)  # noqa: PTH105
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write a UTF-8 text file whole or not at all."""
+    write_bytes(path, content.encode("utf-8"))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file whole or not at all."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        UadxError: The file is missing or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UadxError(f"{path}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UadxError(f"{path}: not valid JSON: {error}") from error
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of everything that can change a result."""
+    names = ("uadx", "torch", "torchvision", "lightning", "anomalib", "timm", "torchmetrics", "numpy", "pillow")
+    found = {"python": platform.python_version(), "platform": platform.platform(), "machine": platform.machine()}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+class RunManifest(BaseModel):
+    """What ``run.json`` says of a run."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    schema_: str = Field(SCHEMA, alias="schema")
+    status: Literal["training", "finished"] = "training"
+    model: str
+    categories: list[str]
+    image_size: tuple[int, int]
+    data: dict[str, Any]
+    weights: dict[str, Any] | None = None
+    versions: dict[str, str] = Field(default_factory=versions)
+    command: list[str] = Field(default_factory=lambda: list(sys.argv))
+    checkpoint_sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training on disk.
+
+    Attributes:
+        folder: Where it lies.
+
+    The folder holds ``run.json`` (manifest), ``config.yaml`` (resolved configuration), ``model.ckpt`` (the best checkpoint),
+    ``last.ckpt`` (where ``--resume`` goes on), ``thresholds.json``, ``metrics.json``, ``skipped.json`` and ``logs/``.
+    """
+
+    folder: Path
+
+    @property
+    def checkpoint(self) -> Path:
+        """The best checkpoint, an anomalib checkpoint."""
+        return self.folder / "model.ckpt"
+
+    @property
+    def last_checkpoint(self) -> Path:
+        """The newest checkpoint with the state of the optimizer."""
+        return self.folder / "last.ckpt"
+
+    @property
+    def thresholds_file(self) -> Path:
+        """Decision thresholds."""
+        return self.folder / "thresholds.json"
+
+    @property
+    def metrics_file(self) -> Path:
+        """Figures of the training."""
+        return self.folder / "metrics.json"
+
+    @property
+    def config_file(self) -> Path:
+        """Resolved configuration."""
+        return self.folder / "config.yaml"
+
+    def manifest(self) -> RunManifest:
+        """Read the manifest.
+
+        Raises:
+            UadxError: It is missing, damaged, or of a newer version of the schema.
+        """
+        path = self.folder / MANIFEST
+        content = read_json(path)
+        schema = content.get("schema") if isinstance(content, Mapping) else None
+        if schema != SCHEMA:
+            raise UadxError(f"{path}: schema '{schema}' is not known to this version", "update uadx, or train again")
+        try:
+            return RunManifest.model_validate(content)
+        except ValidationError as error:
+            raise UadxError(f"{path}: damaged: {error.errors()[0]['msg']}") from error
+
+    def write_manifest(self, manifest: RunManifest) -> None:
+        """Write the manifest."""
+        write_json(self.folder / MANIFEST, manifest.model_dump(mode="json", by_alias=True))
+
+    def config(self) -> TrainConfig:
+        """Read the resolved configuration."""
+        return validate(read_yaml(self.config_file))
+
+    @classmethod
+    def open(cls, folder: Path) -> Run:
+        """Open a finished run.
+
+        Raises:
+            UadxError: The folder is no run, or its training is not finished.
+        """
+        run = cls(folder.expanduser())
+        if not run.folder.is_dir():
+            raise UadxError(f"{folder}: no such folder", "give the folder that 'uadx train --out' wrote")
+        if not (run.folder / MANIFEST).is_file():
+            raise UadxError(f"{folder}: not a run (no {MANIFEST})", "give the folder that 'uadx train --out' wrote")
+        if run.manifest().status != "finished":
+            raise UadxError(f"{folder}: its training is not finished", "finish it with 'uadx train … --resume'")
+        return run
+
+
+def checked(path: Path, reader: Callable[[Path], Any]) -> Any:
+    """Read a file, turning damage into one line that names it."""
+    try:
+        return reader(path)
+    except UadxError:
+        raise
+    except Exception as error:
+        # torch and zipfile raise many kinds for a damaged file.
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UadxError(f"{path}: cannot be read: {reason}", "the file is damaged or of another version") from error

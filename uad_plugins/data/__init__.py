@@ -1,0 +1,1 @@
+"""Data: layouts of image folders, the unified datamodule, checking, and synthetic products."""

@@ -1,0 +1,252 @@
+"""Checking a data set: is every image readable, and what else would spoil training or its measurement."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from uad_plugins.data.layouts.walking import MASK_FOLDERS, images
+from uad_plugins.data.samples import ANOMALOUS, NORMAL, Sample, SampleTable, relative_to
+from uad_plugins.errors import UadxError
+from uad_plugins.imaging import ImageError, open_image, read_mask, read_rgb
+
+Progress = Callable[[int, int], None]
+"""Called with the number of images done and of all images."""
+
+ERROR, WARNING = "error", "warning"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something found.
+
+    Attributes:
+        severity: ``error`` when it breaks training, else ``warning``.
+        kind: Machine-readable name of the kind of problem.
+        path: File concerned, relative to the root; empty when it concerns a category.
+        message: What is wrong, in one line.
+    """
+
+    severity: str
+    kind: str
+    path: str
+    message: str
+
+
+@dataclass
+class CategoryReport:
+    """Counts of one category; sizes are ``WIDTHxHEIGHT`` -> number of images, formats likewise."""
+
+    train: int = 0
+    val: int = 0
+    test_normal: int = 0
+    test_anomalous: int = 0
+    masks: int = 0
+    sizes: dict[str, int] = field(default_factory=dict)
+    formats: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class DataReport:
+    """The outcome of ``check_data``."""
+
+    categories: dict[str, CategoryReport]
+    problems: list[Problem]
+
+    @property
+    def trainable(self) -> bool:
+        """Whether nothing found would break training."""
+        return not any(problem.severity == ERROR for problem in self.problems)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return {"trainable": self.trainable, **asdict(self)}
+
+
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1))
+
+
+def unreadable(paths: Iterable[str], total: int, progress: Progress | None = None) -> dict[str, str]:
+    """Decode images in parallel and return the reason for each that cannot be decoded, by path."""
+    with _pool() as pool:
+        reasons: dict[str, str] = {}
+        for done, (path, reason) in enumerate(_in_order(pool, _failure, paths), start=1):
+            if reason is not None:
+                reasons[path] = reason
+            if progress is not None:
+                progress(done, total)
+    return reasons
+
+
+def _failure(path: str) -> tuple[str, str | None]:
+    try:
+        read_rgb(path)
+    except ImageError as error:
+        return path, error.message.removeprefix(f"{path}: ")
+    return path, None
+
+
+def _in_order(pool: ThreadPoolExecutor, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    """Map over a pool with a bounded number of items under way: memory does not grow with the number of items."""
+    pending: list[Any] = []
+    for item in items:
+        pending.append(pool.submit(function, item))
+        if len(pending) >= 64:
+            yield pending.pop(0).result()
+    for future in pending:
+        yield future.result()
+
+
+def require_readable(
+    table: SampleTable, splits: tuple[str, ...], *, skip_bad: bool, progress: Progress | None = None
+) -> tuple[SampleTable, dict[str, str]]:
+    """Make sure that every image of the given splits can be decoded.
+
+    Returns:
+        The table without what was left out, and the reason for each image left out, by path.
+
+    Raises:
+        UadxError: An image cannot be decoded and ``skip_bad`` is not set; the message names it.
+    """
+    wanted = [table.paths[int(index)] for split in splits for index in table.where(split=split)]
+    reasons = unreadable(wanted, len(wanted), progress)
+    if not reasons:
+        return table, {}
+    if not skip_bad:
+        path, reason = next(iter(reasons.items()))
+        more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
+        raise UadxError(
+            f"{path}: {reason}{more}", "repair or remove it, or leave such files out with --skip-bad; see 'uadx data check'"
+        )
+    return table.without(set(reasons)), reasons
+
+
+@dataclass(frozen=True)
+class _Facts:
+    size: tuple[int, int] | None
+    format: str
+    digest: str
+    problem: str
+    mask_problem: tuple[str, str] | None
+
+
+def _inspect(sample: Sample) -> _Facts:
+    try:
+        with open_image(sample.path) as image:
+            format_name = image.format or "?"
+        rgb = read_rgb(sample.path)
+    except ImageError as error:
+        return _Facts(None, "?", "", error.message.removeprefix(f"{sample.path}: "), None)
+    digest = hashlib.blake2b(f"{rgb.size}".encode() + rgb.tobytes(), digest_size=16).hexdigest()
+    return _Facts(rgb.size, format_name, digest, "", _inspect_mask(sample, rgb.size))
+
+
+def _inspect_mask(sample: Sample, size: tuple[int, int]) -> tuple[str, str] | None:
+    if not sample.mask:
+        return None
+    try:
+        mask = read_mask(sample.mask)
+    except ImageError as error:
+        return "mask-unreadable", error.message.removeprefix(f"{sample.mask}: ")
+    if (mask.shape[1], mask.shape[0]) != size:
+        return "mask-size", f"mask is {mask.shape[1]}x{mask.shape[0]}, its image {size[0]}x{size[1]}"
+    if not mask.any():
+        return "mask-empty", "mask of an anomalous image marks no pixel" if sample.label == ANOMALOUS else ""
+    return None
+
+
+def check_data(table: SampleTable, progress: Progress | None = None) -> DataReport:
+    """Decode every image and mask and report counts and problems.
+
+    Args:
+        table: The samples as a layout found them, nothing held out yet.
+        progress: Called as images are done.
+    """
+    reports = {name: CategoryReport() for name in table.categories}
+    problems: list[Problem] = []
+    seen: dict[str, list[int]] = defaultdict(list)
+    with _pool() as pool:
+        for index, facts in enumerate(_in_order(pool, _inspect, table)):
+            sample = table[index]
+            _count(reports[sample.category], sample, facts)
+            problems.extend(_problems_of(table, index, sample, facts))
+            if facts.digest:
+                seen[facts.digest].append(index)
+            if progress is not None:
+                progress(index + 1, len(table))
+    problems += [*_duplicates(table, seen), *_category_problems(table), *_orphan_masks(table)]
+    return DataReport(reports, sorted(problems, key=lambda p: (p.severity, p.kind, p.path)))
+
+
+def _count(report: CategoryReport, sample: Sample, facts: _Facts) -> None:
+    if sample.split == "test":
+        if sample.label == NORMAL:
+            report.test_normal += 1
+        else:
+            report.test_anomalous += 1
+    else:
+        setattr(report, sample.split, getattr(report, sample.split) + 1)
+    report.masks += bool(sample.mask)
+    if facts.size is not None:
+        for counts, key in ((report.sizes, f"{facts.size[0]}x{facts.size[1]}"), (report.formats, facts.format)):
+            counts[key] = counts.get(key, 0) + 1
+
+
+def _problems_of(table: SampleTable, index: int, sample: Sample, facts: _Facts) -> Iterator[Problem]:
+    path = table.relative(index)
+    if facts.problem:
+        yield Problem(WARNING if sample.split == "test" else ERROR, "unreadable", path, facts.problem)
+    if sample.split == "train" and sample.label == ANOMALOUS:
+        yield Problem(ERROR, "anomalous-in-training", path, "anomalous image in the training split")
+    if facts.mask_problem and facts.mask_problem[1]:
+        yield Problem(WARNING, facts.mask_problem[0], relative_to(sample.mask, table.root), facts.mask_problem[1])
+    if sample.label == ANOMALOUS and not sample.mask and sample.category in table.masked_categories():
+        yield Problem(WARNING, "mask-missing", path, "anomalous image without a mask in a category with masks")
+
+
+def _duplicates(table: SampleTable, seen: dict[str, list[int]]) -> Iterator[Problem]:
+    for indices in seen.values():
+        if len(indices) < 2:
+            continue
+        first = indices[0]
+        for other in indices[1:]:
+            parts = {table[first].split, table[other].split}
+            kind = "duplicate-across-splits" if len(parts) == 2 else "duplicate"
+            where = f" ({' and '.join(sorted(parts))})" if len(parts) == 2 else ""
+            yield Problem(WARNING, kind, table.relative(other), f"same picture as {table.relative(first)}{where}")
+
+
+def _category_problems(table: SampleTable) -> Iterator[Problem]:
+    counts = Counter(s.category for s in table if s.split == "train" and s.label == NORMAL)
+    if not counts:
+        yield Problem(ERROR, "no-training-images", "", "no category has normal training images")
+        return
+    for category in table.categories:
+        held_out = len(table.where(split="val", category=category, label=NORMAL))
+        if counts[category] == 0:
+            yield Problem(WARNING, "no-training-images", "", f"category '{category}' has no normal training images")
+        elif counts[category] == 1 and not held_out:
+            yield Problem(ERROR, "one-training-image", "", f"category '{category}' has one training image: none to hold out")
+        elif counts[category] < 20:
+            yield Problem(WARNING, "few-training-images", "", f"category '{category}' has {counts[category]} training images")
+
+
+def _orphan_masks(table: SampleTable) -> Iterator[Problem]:
+    """Find files in mask folders that belong to no image."""
+    used = set(table.masks)
+    pictures = set(table.paths)
+    places: set[Path] = set()
+    for folder, names, _files in os.walk(table.root):
+        names[:] = [name for name in names if not name.startswith(".")]
+        places |= {Path(folder) / name for name in names if name.lower() in MASK_FOLDERS}
+    for place in sorted(places):
+        for path in sorted(images(place)):
+            if path not in used and path not in pictures:
+                yield Problem(WARNING, "mask-without-image", relative_to(path, table.root), "mask belongs to no image")

@@ -1,0 +1,52 @@
+"""Data layouts: how images lie in folders, and the scanner that finds which one it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from uad_plugins.data.samples import SampleTable
+from uad_plugins.errors import UadxError
+from uad_plugins.hookspecs import LayoutPlugin
+from uad_plugins.registry import registry
+
+
+def recognise(root: Path) -> LayoutPlugin:
+    """Return the layout that a folder (or index file) has.
+
+    Raises:
+        UadxError: No registered layout recognises it.
+    """
+    layouts: list[LayoutPlugin] = registry().items("layout")
+    confidence, _, best = max(
+        ((layout.recognise(root), layout.priority, layout) for layout in layouts), key=lambda entry: entry[:2]
+    )
+    if confidence <= 0:
+        shapes = "; ".join(f"{layout.name}: {layout.summary}" for layout in layouts)
+        raise UadxError(f"{root}: no known layout of images", f"known layouts: {shapes}")
+    return best
+
+
+def scan(root: str | Path, layout: str | None = None, categories: Sequence[str] | None = None) -> SampleTable:
+    """Index a data set without opening its images.
+
+    Args:
+        root: Folder or index file; may be relative, may begin with ``~``.
+        layout: Name of a layout; None recognises it.
+        categories: Restrict to these.
+
+    Raises:
+        UadxError: The root does not exist, has no known layout, or holds no image.
+        UsageError: Unknown layout or category.
+    """
+    root = Path(root).expanduser().absolute()
+    if not root.exists():
+        raise UadxError(f"{root}: no such file or folder", "check the path of the data")
+    plugin = registry().get("layout", layout) if layout else recognise(root)
+    table = SampleTable(plugin.scan(root), root if root.is_dir() else root.parent)
+    if len(table) == 0:
+        raise UadxError(
+            f"{root}: no image found for layout '{plugin.name}'",
+            f"expected {plugin.summary}; name another with --layout",
+        )
+    return table.only(categories) if categories else table

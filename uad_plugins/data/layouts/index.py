@@ -1,0 +1,81 @@
+"""An index file, CSV or JSON lines, with the columns path, category, split, label and optionally mask, defect."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from uad_plugins.data.samples import ANOMALOUS, NORMAL, SPLITS, Sample
+from uad_plugins.errors import UadxError, nearest
+
+SUMMARY = "a file index.csv or index.jsonl with columns path, category, split, label, optional mask"
+NAMES = ("index.csv", "index.jsonl", "index.ndjson")
+COLUMNS = ("path", "category", "split", "label", "mask", "defect")
+REQUIRED = COLUMNS[:4]
+LABELS = {
+    **dict.fromkeys(("0", "normal", "good", "ok", "false"), NORMAL),
+    **dict.fromkeys(("1", "anomalous", "anomaly", "abnormal", "bad", "ng", "defect", "defective", "true"), ANOMALOUS),
+}
+SPLIT_NAMES = {**{name: name for name in SPLITS}, "valid": "val", "validation": "val", "training": "train"}
+
+
+def recognise(root: Path) -> float:
+    """Return 1 for an index file itself, 0.95 for a folder that has one."""
+    if root.is_file():
+        return 1.0 if root.suffix.lower() in {".csv", ".jsonl", ".ndjson"} else 0.0
+    return 0.95 if any((root / name).is_file() for name in NAMES) else 0.0
+
+
+def scan(root: Path) -> Iterator[Sample]:
+    """Yield the samples that the index names; relative paths start at the folder of the index file.
+
+    Raises:
+        UadxError: A column is missing, or a row has a value that is not understood; the message names the line.
+    """
+    file = root if root.is_file() else next((root / name for name in NAMES if (root / name).is_file()), None)
+    if file is None:
+        raise UadxError(f"{root}: no index file", f"expected one of {', '.join(NAMES)}")
+    folder = file.parent
+    for line, row in _rows(file):
+        values = {key: "" if value is None else str(value).strip() for key, value in row.items()}
+        for column in REQUIRED:
+            if not values.get(column):
+                close = nearest(column, values)
+                hint = f"found '{close}'" if close and close not in COLUMNS else f"columns: {', '.join(COLUMNS)}"
+                raise UadxError(f"{file}:{line}: no value for '{column}'", hint)
+        label, split = LABELS.get(values["label"].lower()), SPLIT_NAMES.get(values["split"].lower())
+        if label is None:
+            raise UadxError(f"{file}:{line}: label '{values['label']}' is not understood", "use normal or anomalous (0 or 1)")
+        if split is None:
+            raise UadxError(f"{file}:{line}: split '{values['split']}' is not understood", f"use one of {', '.join(SPLITS)}")
+        mask = values.get("mask", "")
+        yield Sample(
+            path=str(folder / values["path"]),
+            category=values["category"],
+            label=label,
+            split=split,
+            mask=str(folder / mask) if mask else "",
+            defect=values.get("defect") or ("good" if label == NORMAL else "anomalous"),
+        )
+
+
+def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    with file.open(newline="", encoding="utf-8-sig") as handle:
+        if file.suffix.lower() == ".csv":
+            reader = csv.DictReader(handle)
+            for row in reader:
+                yield reader.line_num, {str(key).strip().lower(): value for key, value in row.items() if key is not None}
+            return
+        for number, text in enumerate(handle, start=1):
+            if not text.strip():
+                continue
+            try:
+                row = json.loads(text)
+            except json.JSONDecodeError as error:
+                raise UadxError(f"{file}:{number}: not JSON: {error.msg}", "one JSON object a line") from error
+            if not isinstance(row, dict):
+                raise UadxError(f"{file}:{number}: not a JSON object", 'for example {"path": "a.png", "category": "bolt", …}')
+            yield number, {str(key).lower(): value for key, value in row.items()}

@@ -1,0 +1,63 @@
+"""Walking folders for the layouts: entries are listed, nothing is opened."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from uad_plugins.imaging import is_image
+
+NORMAL_NAMES = frozenset({"good", "ok", "normal", "pass", "passed", "nominal", "defect_free", "defect-free", "ok_parts"})
+"""Folder names, in lower case, that hold images of good parts."""
+
+MASK_FOLDERS = frozenset({"ground_truth", "groundtruth", "gt", "mask", "masks"})
+"""Folder names, in lower case, that hold masks."""
+
+
+def folders(root: Path) -> list[Path]:
+    """Return the sub-folders, sorted, hidden ones left out."""
+    try:
+        with os.scandir(root) as entries:
+            return sorted(Path(e.path) for e in entries if e.is_dir() and not e.name.startswith("."))
+    except (NotADirectoryError, FileNotFoundError):
+        return []
+
+
+def images(root: Path) -> Iterator[str]:
+    """Yield the image files below a folder, at any depth, hidden files and folders left out."""
+    with os.scandir(root) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                yield from images(Path(entry.path))
+            elif is_image(entry.name):
+                yield entry.path
+
+
+def is_normal(name: str) -> bool:
+    """Tell whether a folder name stands for good parts."""
+    return name.lower() in NORMAL_NAMES
+
+
+def child(root: Path, *names: str) -> Path | None:
+    """Return the sub-folder with one of the given lower-case names, in any letter case."""
+    return next((folder for folder in folders(root) if folder.name.lower() in names), None)
+
+
+def mask_index(root: Path) -> dict[str, str]:
+    """Index the masks of one folder by the stem of the image they belong to (``000_mask.png`` belongs to ``000``)."""
+    index: dict[str, str] = {}
+    for path in images(root):
+        stem = os.path.splitext(os.path.relpath(path, root))[0].replace("\\", "/")  # noqa: PTH122
+        for ending in ("_mask", "_gt", "-mask", ""):
+            if stem.lower().endswith(ending):
+                index.setdefault(stem[: len(stem) - len(ending)] if ending else stem, path)
+                break
+    return index
+
+
+def stem_below(path: str, root: Path) -> str:
+    """Return the path of an image below a folder, without its ending: the key under which its mask is looked up."""
+    return os.path.splitext(os.path.relpath(path, root))[0].replace("\\", "/")  # noqa: PTH122

@@ -1,0 +1,1 @@
+"""Synthetic products: small procedural data sets with realistic defects and exact masks."""

@@ -1,0 +1,208 @@
+"""Samples and the table that holds them: a few bytes each, so that 100 000 images are nothing."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from uad_plugins.errors import UadxError, unknown_name
+
+NORMAL, ANOMALOUS = 0, 1
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One image of the data set.
+
+    Attributes:
+        path: Image file, absolute.
+        category: The product shown.
+        label: 0 normal, 1 anomalous.
+        split: ``train``, ``val`` (held out from training) or ``test``.
+        mask: Ground-truth mask file, absolute; empty when there is none.
+        defect: Defect type as the layout names it; ``good`` for normal images.
+    """
+
+    path: str
+    category: str
+    label: int
+    split: str
+    mask: str = ""
+    defect: str = ""
+
+
+class PackedStrings(Sequence[str]):
+    """Strings in one byte array.
+
+    Worker processes share it untouched; a list of Python strings would be copied page by page into every worker, by
+    nothing more than counting references.
+    """
+
+    def __init__(self, strings: Iterable[str]) -> None:
+        encoded = [text.encode("utf-8", "surrogateescape") for text in strings]
+        self._bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+        self._ends = np.cumsum([len(text) for text in encoded], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> str:  # type: ignore[override]
+        if index < 0:
+            index += len(self)
+        start = 0 if index == 0 else int(self._ends[index - 1])
+        return self._bytes[start : int(self._ends[index])].tobytes().decode("utf-8", "surrogateescape")
+
+
+class SampleTable(Sequence[Sample]):
+    """An immutable table of samples, ordered by category and path.
+
+    Args:
+        samples: The samples, in any order.
+        root: Folder that the data came from; paths are shown relative to it.
+    """
+
+    def __init__(self, samples: Iterable[Sample], root: Path) -> None:
+        ordered = sorted(samples, key=lambda sample: (sample.category, sample.path))
+        self.root = root
+        self.categories = sorted({sample.category for sample in ordered})
+        self.defects = sorted({sample.defect for sample in ordered})
+        number = {name: index for index, name in enumerate(self.categories)}
+        defect_number = {name: index for index, name in enumerate(self.defects)}
+        self.paths = PackedStrings(sample.path for sample in ordered)
+        self.masks = PackedStrings(sample.mask for sample in ordered)
+        self.category_index: NDArray[np.int32] = np.array([number[s.category] for s in ordered], dtype=np.int32)
+        self.labels: NDArray[np.int8] = np.array([s.label for s in ordered], dtype=np.int8)
+        self.splits: NDArray[np.int8] = np.array([SPLITS.index(s.split) for s in ordered], dtype=np.int8)
+        self._defect_index = np.array([defect_number[s.defect] for s in ordered], dtype=np.int32)
+        self.has_mask: NDArray[np.bool_] = np.array([bool(s.mask) for s in ordered], dtype=bool)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        return Sample(
+            path=self.paths[index],
+            category=self.categories[self.category_index[index]],
+            label=int(self.labels[index]),
+            split=SPLITS[self.splits[index]],
+            mask=self.masks[index],
+            defect=self.defects[self._defect_index[index]],
+        )
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[index] for index in range(len(self)))
+
+    def where(self, *, split: str | None = None, category: str | None = None, label: int | None = None) -> NDArray[np.int64]:
+        """Return the indices of the samples that match every given criterion, in order."""
+        chosen = np.ones(len(self), dtype=bool)
+        if split is not None:
+            chosen &= self.splits == SPLITS.index(split)
+        if category is not None:
+            chosen &= self.category_index == self.categories.index(category)
+        if label is not None:
+            chosen &= self.labels == label
+        return np.flatnonzero(chosen)
+
+    def masked_categories(self) -> list[str]:
+        """Return the categories with at least one ground-truth mask in the test split."""
+        test = self.splits == SPLITS.index("test")
+        return [
+            name
+            for index, name in enumerate(self.categories)
+            if bool(self.has_mask[test & (self.category_index == index)].any())
+        ]
+
+    def relative(self, index: int) -> str:
+        """Return the path of a sample relative to the root where it lies below it, with forward slashes."""
+        return relative_to(self.paths[index], self.root)
+
+    def only(self, categories: Sequence[str]) -> SampleTable:
+        """Return the samples of the named categories.
+
+        Raises:
+            UsageError: A category does not exist.
+        """
+        for name in categories:
+            if name not in self.categories:
+                raise unknown_name("category", name, self.categories)
+        return SampleTable((sample for sample in self if sample.category in categories), self.root)
+
+    def without(self, paths: set[str]) -> SampleTable:
+        """Return the samples whose path is not in the given set."""
+        return SampleTable((sample for sample in self if sample.path not in paths), self.root)
+
+    def fingerprint(self) -> str:
+        """Return a SHA-256 over relative paths, categories, labels and splits: the same data gives the same value."""
+        digest = hashlib.sha256()
+        for index, sample in enumerate(self):
+            row = (self.relative(index), sample.category, str(sample.label), sample.split)
+            digest.update("\0".join(row).encode("utf-8", "surrogateescape") + b"\n")
+        return digest.hexdigest()
+
+
+def relative_to(path: str, root: Path) -> str:
+    """Return ``path`` relative to ``root`` if it lies below it, with forward slashes; else unchanged."""
+    prefix = str(root).rstrip("/\\")
+    if path.startswith(prefix) and path[len(prefix) : len(prefix) + 1] in {"/", "\\"}:
+        return path[len(prefix) + 1 :].replace("\\", "/")
+    return path.replace("\\", "/")
+
+
+def _draw(seed: int, name: str) -> int:
+    """Return a number that depends on nothing but the seed and the name: it survives added and removed files."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big")
+
+
+def hold_out(table: SampleTable, fraction: float, seed: int) -> SampleTable:
+    """Move a share of each category's normal training images to the validation split.
+
+    A category that already has normal validation images (an index file may name them) is left as it is. At least one image
+    is held out, at least one stays.
+
+    Args:
+        table: Samples of any splits.
+        fraction: Share of the normal training images of each category, 0..1 exclusive.
+        seed: The same seed holds the same images out, wherever the data lies.
+
+    Raises:
+        UadxError: A category has a single training image, or anomalous images in its training split.
+    """
+    wrong = table.where(split="train", label=ANOMALOUS)
+    if len(wrong):
+        raise UadxError(
+            f"{table.relative(int(wrong[0]))}: anomalous image in the training split ({len(wrong)} in all)",
+            "a model learns from images of good parts only: move them to the test split",
+        )
+    held: set[int] = set()
+    for category in table.categories:
+        candidates = table.where(split="train", category=category)
+        if len(candidates) == 0 or len(table.where(split="val", category=category, label=NORMAL)):
+            continue
+        if len(candidates) == 1:
+            raise UadxError(
+                f"category '{category}' has one training image: none is left to hold out",
+                "add images of good parts (at least 2, better 50 or more)",
+            )
+        count = min(len(candidates) - 1, max(1, round(fraction * len(candidates))))
+        ranked = sorted(candidates.tolist(), key=lambda index: _draw(seed, f"val:{table.relative(index)}"))
+        held.update(ranked[:count])
+    return SampleTable(
+        (
+            Sample(s.path, s.category, s.label, "val" if index in held else s.split, s.mask, s.defect)
+            for index, s in enumerate(table)
+        ),
+        table.root,
+    )
+
+
+def in_test_share(name: str, fraction: float) -> bool:
+    """Decide by name alone whether a normal image of a layout without splits belongs to the test split."""
+    return _draw(0, f"test:{name}") < fraction * 2**64

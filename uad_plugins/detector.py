@@ -1,0 +1,152 @@
+"""One interface for a run, a quantized model and a bundle: images in, score and map out. No torch in here."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from uad_plugins.errors import UadxError
+from uad_plugins.evaluation.thresholds import Thresholds
+from uad_plugins.imaging import ImageError, RgbImage, read_rgb, resize_rgb
+from uad_plugins.registry import registry
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What was found in one image.
+
+    Attributes:
+        path: The image file.
+        score: Anomaly score, unbounded above, higher is more anomalous; NaN when the image could not be read.
+        anomaly_map: float32 ``(H, W)`` at the network's input size; None when the image could not be read.
+        size: ``(height, width)`` of the source image, upright.
+        error: Why the image could not be read; empty when it could.
+    """
+
+    path: str
+    score: float
+    anomaly_map: NDArray[np.float32] | None
+    size: tuple[int, int]
+    error: str = ""
+
+    @property
+    def failure(self) -> str:
+        """Why there is no usable score; empty when there is one."""
+        return self.error or ("" if math.isfinite(self.score) else "the model's score is not a finite number")
+
+
+class Detector(ABC):
+    """Something that scores images.
+
+    Attributes:
+        name: Where it came from, for messages.
+        engine: What executes it.
+        categories: Products it was trained on.
+        image_size: ``(height, width)`` that images are resized to.
+        thresholds: Decision thresholds.
+    """
+
+    name: str
+    engine: str
+    categories: list[str]
+    image_size: tuple[int, int]
+    thresholds: Thresholds
+
+    @abstractmethod
+    def infer(self, images: RgbImage) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Score a batch.
+
+        Args:
+            images: uint8 ``(N, H, W, 3)`` at ``image_size``.
+
+        Returns:
+            Scores ``(N,)`` and anomaly maps ``(N, H, W)``, float32.
+        """
+
+    def close(self) -> None:  # noqa: B027
+        """Give resources back; the detector cannot be used afterwards."""
+
+    def __enter__(self) -> Detector:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def stream(self, paths: Iterable[str], *, batch_size: int = 16, readers: int = 4) -> Iterator[Prediction]:
+        """Score images in the order given; the next are decoded while the current ones are scored.
+
+        Memory is bounded: at most three batches of decoded images exist at a time. An image that cannot be read gives a
+        prediction with its ``error``.
+
+        Args:
+            paths: Image files.
+            batch_size: Images scored together.
+            readers: Decoding threads.
+        """
+        remaining = iter(paths)
+        with ThreadPoolExecutor(max_workers=readers) as pool:
+            submit: Callable[[str], tuple[str, Future[_Decoded]]] = lambda path: (path, pool.submit(_decode, path, self.image_size))  # noqa: E731
+            waiting = [submit(path) for path in islice(remaining, 2 * batch_size)]
+            while waiting:
+                batch, waiting = waiting[:batch_size], waiting[batch_size:]
+                decoded = [(path, future.result()) for path, future in batch]
+                waiting += [submit(path) for path in islice(remaining, batch_size)]
+                yield from self._score(decoded)
+
+    def _score(self, decoded: Sequence[tuple[str, _Decoded]]) -> Iterator[Prediction]:
+        good = [item.pixels for _, item in decoded if item.pixels is not None]
+        scores, maps = self.infer(np.stack(good)) if good else (np.empty(0, np.float32), np.empty((0, 0, 0), np.float32))
+        position = 0
+        for path, item in decoded:
+            if item.pixels is None:
+                yield Prediction(path, float("nan"), None, (0, 0), item.error)
+            else:
+                yield Prediction(path, float(scores[position]), maps[position], item.size)
+                position += 1
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    pixels: RgbImage | None
+    size: tuple[int, int] = (0, 0)
+    error: str = ""
+
+
+def _decode(path: str, size: tuple[int, int]) -> _Decoded:
+    try:
+        image = read_rgb(path)
+        return _Decoded(resize_rgb(image, size), (image.height, image.width))
+    except ImageError as error:
+        return _Decoded(None, error=error.message.removeprefix(f"{path}: "))
+
+
+def open_detector(folder: str | Path, engine: str | None = None) -> Detector:
+    """Open a run, a quantized model or a bundle.
+
+    Args:
+        folder: The station's folder.
+        engine: Name of a runtime plugin; None takes the first that knows this kind of folder.
+
+    Raises:
+        UadxError: There is no such folder, or no engine takes it.
+        UsageError: Unknown engine.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.exists():
+        raise UadxError(f"{folder}: no such file or folder", "give the folder that 'uadx train --out' wrote")
+    runtimes = [registry().get("runtime", engine)] if engine else registry().items("runtime")
+    for runtime in sorted(runtimes, key=lambda item: -item.priority):
+        detector: Detector | None = runtime.open(folder)
+        if detector is not None:
+            return detector
+    tried = ", ".join(runtime.name for runtime in runtimes)
+    raise UadxError(f"{folder}: not a run, a quantized model or a bundle", f"engines asked: {tried}")

@@ -1,0 +1,152 @@
+"""What can be used on this machine, and what would make the rest usable."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from uad_plugins.hookspecs import Requirement
+from uad_plugins.registry import registry
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Whether one thing can be used.
+
+    Attributes:
+        kind: ``package``, or the kind of a plugin.
+        name: Its name.
+        usable: Whether it can be used here.
+        detail: Version, or the reason why not.
+        fix: The command that would make it usable; empty when it is.
+    """
+
+    kind: str
+    name: str
+    usable: bool
+    detail: str
+    fix: str = ""
+
+
+def _torch() -> str | None:
+    torch = importlib.import_module("torch")
+    torch.zeros(1).add_(1)
+    return None
+
+
+def _openvino() -> str | None:
+    devices = importlib.import_module("openvino").Core().available_devices
+    return None if "CPU" in devices else f"no CPU device (found: {', '.join(devices) or 'none'})"
+
+
+def _onnxruntime() -> str | None:
+    providers = importlib.import_module("onnxruntime").get_available_providers()
+    return None if "CPUExecutionProvider" in providers else "no CPU provider"
+
+
+def _tensorrt() -> str | None:
+    trt = importlib.import_module("tensorrt")
+    return None if trt.Builder(trt.Logger(trt.Logger.ERROR)) is not None else "no builder"
+
+
+def _pycuda() -> str | None:
+    driver = importlib.import_module("pycuda.driver")
+    driver.init()
+    return None if driver.Device.count() > 0 else "no NVIDIA GPU"
+
+
+PACKAGES: tuple[Requirement, ...] = (
+    Requirement("torch", "pip install 'uadx[train]'", _torch),
+    Requirement("anomalib", "pip install 'uadx[train]'"),
+    Requirement("lightning", "pip install 'uadx[train]'"),
+    Requirement("timm", "pip install 'uadx[train]'"),
+    Requirement("openvino", "pip install 'uadx[openvino]'", _openvino),
+    Requirement("nncf", "pip install 'uadx[openvino]'"),
+    Requirement("onnx", "pip install 'uadx[onnx]'"),
+    Requirement("onnxruntime", "pip install 'uadx[onnx]'", _onnxruntime),
+    Requirement("tensorrt", "pip install 'uadx[tensorrt]' on a machine with an NVIDIA GPU (JetPack brings it)", _tensorrt),
+    Requirement("pycuda", "pip install 'uadx[tensorrt]' on a machine with an NVIDIA GPU", _pycuda),
+)
+"""What backends are built on, with a small trial of each that needs hardware or libraries."""
+
+
+def examine(requirement: Requirement) -> Diagnosis:
+    """Find out whether a requirement is met: is it installed, and does its trial succeed."""
+    if importlib.util.find_spec(requirement.module) is None:
+        return Diagnosis("package", requirement.module, False, "not installed", requirement.install)
+    try:
+        version = importlib.metadata.version(requirement.module)
+    except importlib.metadata.PackageNotFoundError:
+        version = "installed"
+    try:
+        reason = requirement.check() if requirement.check else None
+    except Exception as error:
+        # A broken driver or library can raise anything at all.
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}".rstrip(": ")
+    if reason is not None:
+        return Diagnosis("package", requirement.module, False, f"{version}: {reason}", requirement.install)
+    return Diagnosis("package", requirement.module, True, version)
+
+
+def diagnose() -> list[Diagnosis]:
+    """Examine the packages, then every engine and backend that is registered."""
+    packages = {requirement.module: examine(requirement) for requirement in PACKAGES}
+    found = list(packages.values())
+    for kind in ("runtime", "quantizer", "target"):
+        for item in registry().items(kind):
+            missing = [d for d in _of(item.requires, packages) if not d.usable]
+            if missing:
+                detail = "; ".join(f"{d.name} {d.detail}" for d in missing)
+                found.append(Diagnosis(kind, item.name, False, f"needs {detail}", missing[0].fix))
+            else:
+                found.append(Diagnosis(kind, item.name, True, item.summary))
+    found += [
+        Diagnosis("plugin", plugin.name, False, plugin.reason, f"pip install --upgrade {plugin.distribution or plugin.name}")
+        for plugin in registry().broken
+    ]
+    return found
+
+
+def _of(requirements: Iterable[Requirement], known: dict[str, Diagnosis]) -> Iterable[Diagnosis]:
+    for requirement in requirements:
+        yield known.get(requirement.module) or examine(requirement)
+
+
+def machine() -> dict[str, Any]:
+    """Return facts of the machine that decide how fast things run."""
+    facts: dict[str, Any] = {
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "processor": platform.processor() or platform.machine(),
+    }
+    optional: list[tuple[str, Callable[[], Any]]] = [("cpu_flags", _cpu_flags), ("gpus", _gpus)]
+    for name, find in optional:
+        value = find()
+        if value:
+            facts[name] = value
+    return facts
+
+
+def _cpu_flags() -> list[str]:
+    """Return the vector instructions that matter to INT8 speed (Linux)."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:  # noqa: PTH123
+            text = file.read()
+    except OSError:
+        return []
+    flags = set(next((line.split(":", 1)[1].split() for line in text.splitlines() if line.startswith("flags")), []))
+    return [flag for flag in ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "amx_int8") if flag in flags]
+
+
+def _gpus() -> list[str]:
+    if importlib.util.find_spec("torch") is None:
+        return []
+    cuda = importlib.import_module("torch").cuda
+    return [cuda.get_device_name(i) for i in range(cuda.device_count())] if cuda.is_available() else []

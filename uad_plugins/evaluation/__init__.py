@@ -1,0 +1,1 @@
+"""Measuring: per-category metrics, thresholds, overlays and reports."""

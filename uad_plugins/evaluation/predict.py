@@ -1,0 +1,125 @@
+"""Predicting images that have no label: files, folders and globs. No torch in here."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from uad_plugins.artifacts import atomic_path
+from uad_plugins.data.layouts.walking import images
+from uad_plugins.detector import Detector, Prediction
+from uad_plugins.errors import UsageError, unknown_name
+from uad_plugins.evaluation.overlays import overlay
+from uad_plugins.evaluation.rows import verdict
+from uad_plugins.imaging import ImageError, read_rgb
+
+Progress = Callable[[int], None]
+
+
+def find_images(words: Sequence[str]) -> list[str]:
+    """Turn files, folders and globs into a list of image paths, in the order given, each once.
+
+    A word that names nothing stays in the list: it will get an error in its row.
+    """
+    found: dict[str, None] = {}
+    for word in words:
+        path = Path(word).expanduser()
+        if path.is_dir():
+            found.update(dict.fromkeys(sorted(images(path))))
+        elif path.exists() or not glob.has_magic(word):
+            found[str(path)] = None
+        else:
+            matches = sorted(glob.glob(str(path), recursive=True))
+            for match in matches:
+                found.update(dict.fromkeys(sorted(images(Path(match))) if Path(match).is_dir() else [match]))
+            if not matches:
+                found[word] = None
+    return list(found)
+
+
+def predict(
+    detector: Detector,
+    paths: Sequence[str],
+    *,
+    category: str | None = None,
+    out: Path | None = None,
+    batch_size: int = 16,
+    progress: Progress | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Yield one row an image: ``path, category, score, threshold, verdict, map, error``.
+
+    Args:
+        detector: What scores them.
+        paths: Image files.
+        category: The product shown, for its threshold; None uses the pooled threshold.
+        out: Folder for overlays at the size of each source image; None writes none.
+        batch_size: Images scored together.
+        progress: Called with the number of images done.
+
+    Raises:
+        UsageError: The detector does not know the category, or there is no image.
+    """
+    if category is not None and category not in detector.categories:
+        raise unknown_name("category", category, detector.categories)
+    if not paths:
+        raise UsageError("no image to predict", "give files, folders or globs; PNG, JPEG, BMP, TIFF and WebP are read")
+    threshold = detector.thresholds.of(category)
+    names = _overlay_names(paths)
+    for done, prediction in enumerate(detector.stream(paths, batch_size=batch_size), start=1):
+        row = _row(prediction, category, threshold)
+        if out is not None and row["error"] is None:
+            row["map"] = _write_overlay(prediction, threshold, out / names[prediction.path], row)
+        yield row
+        if progress is not None:
+            progress(done)
+
+
+def _row(prediction: Prediction, category: str | None, threshold: float) -> dict[str, Any]:
+    error = prediction.failure or None
+    return {
+        "path": prediction.path,
+        "category": category,
+        "score": None if error else prediction.score,
+        "threshold": threshold,
+        "verdict": "error" if error else verdict(prediction.score, threshold),
+        "map": None,
+        "error": error,
+    }
+
+
+def _write_overlay(prediction: Prediction, threshold: float, path: Path, row: dict[str, Any]) -> str | None:
+    assert prediction.anomaly_map is not None  # only readable images get here
+    try:
+        image = read_rgb(prediction.path)
+    except ImageError as error:
+        # Gone or overwritten since it was scored.
+        row["verdict"], row["error"] = "error", error.message
+        return None
+    with atomic_path(path) as temporary:
+        overlay(image, prediction.anomaly_map, threshold).save(temporary, format="PNG", compress_level=3)
+    return str(path)
+
+
+def _overlay_names(paths: Sequence[str]) -> dict[str, str]:
+    """Return a name below the output folder for each image: its path below the folder common to all, made unique."""
+    absolute = {path: os.path.abspath(path) for path in paths}  # noqa: PTH100
+    parents = [os.path.dirname(path) for path in absolute.values()]  # noqa: PTH120
+    common = os.path.commonpath(parents) if parents else ""
+    names: dict[str, str] = {}
+    taken: set[str] = set()
+    for path, full in absolute.items():
+        relative = os.path.relpath(full, common)
+        stem, ending = os.path.splitext(relative)  # noqa: PTH122
+        name = f"{stem}.png"
+        if name in taken:
+            name = f"{stem}_{ending.lstrip('.').lower()}.png"
+        number = 2
+        while name in taken:
+            name = f"{stem}_{number}.png"
+            number += 1
+        taken.add(name)
+        names[path] = name
+    return names

@@ -1,0 +1,233 @@
+"""Decision thresholds: per category, and a pooled one for images whose category is not known. No torch in here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import NormalDist
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from uad_plugins.errors import UadxError, UsageError
+
+if TYPE_CHECKING:
+    from uad_plugins.data.samples import SampleTable
+    from uad_plugins.detector import Detector
+
+NORMAL_FPR, BEST_F1 = "normal-fpr", "best-f1"
+SCHEMA = "uadx.thresholds/1"
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """One threshold and what it was set from.
+
+    Attributes:
+        value: Scores above it are anomalous.
+        how: ``quantile``: an order statistic of the normal scores; ``lognormal``: the upper prediction bound of a log-normal
+            distribution, where there are too few scores for the quantile; ``f1``: best F1 on labelled scores.
+        normal: Normal images it was set from.
+        anomalous: Anomalous images it was set from.
+    """
+
+    value: float
+    how: str
+    normal: int
+    anomalous: int = 0
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """The thresholds of a model.
+
+    Attributes:
+        pooled: For images whose category is not known.
+        categories: By category.
+        method: ``normal-fpr`` or ``best-f1``.
+        target_fpr: Share of good parts that may be rejected; None with ``best-f1``.
+        source: Which images, in words.
+    """
+
+    pooled: Threshold
+    categories: dict[str, Threshold] = field(default_factory=dict)
+    method: str = NORMAL_FPR
+    target_fpr: float | None = 0.01
+    source: str = ""
+
+    def of(self, category: str | None) -> float:
+        """Return the threshold of a category; the pooled one for None or a category that has none."""
+        return self.categories.get(category or "", self.pooled).value
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return {"schema": SCHEMA, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Thresholds:
+        """Read what ``as_dict`` wrote.
+
+        Raises:
+            UadxError: It is something else.
+        """
+        try:
+            if content["schema"] != SCHEMA:
+                raise KeyError("schema")
+            return cls(
+                pooled=Threshold(**content["pooled"]),
+                categories={name: Threshold(**value) for name, value in content["categories"].items()},
+                method=content["method"],
+                target_fpr=content["target_fpr"],
+                source=content["source"],
+            )
+        except (KeyError, TypeError) as error:
+            raise UadxError(f"thresholds are damaged or of another version: {error}", "set them anew: uadx thresholds") from error
+
+
+def from_normal(scores: NDArray[np.floating], target_fpr: float) -> Threshold:
+    """Set a threshold from the scores of normal images alone.
+
+    With at least ``1 / target_fpr - 1`` scores it is the order statistic that a new normal image exceeds with a probability
+    of at most ``target_fpr`` (split-conformal prediction). With fewer no order statistic can promise that; then the scores
+    are taken as log-normal and the threshold is the upper bound of their prediction interval, wider the fewer there are.
+
+    Args:
+        scores: ``(N,)``, finite.
+        target_fpr: 0..1 exclusive.
+
+    Raises:
+        UadxError: There is no score.
+    """
+    ordered = np.sort(np.asarray(scores, dtype=np.float64))
+    count = len(ordered)
+    if count == 0:
+        raise UadxError("no normal image to set a threshold from", "hold images of good parts out from training")
+    rank = math.ceil((count + 1) * (1 - target_fpr))
+    if rank <= count:
+        return Threshold(float(ordered[rank - 1]), "quantile", count)
+    if count < 3 or ordered[0] <= 0:
+        return Threshold(float(ordered[-1]), "quantile", count)
+    logs = np.log(ordered)
+    spread = float(logs.std(ddof=1)) * math.sqrt(1 + 1 / count)
+    bound = math.exp(float(logs.mean()) + student_quantile(1 - target_fpr, count - 1) * spread)
+    return Threshold(max(bound, float(ordered[-1])), "lognormal", count)
+
+
+def student_quantile(probability: float, freedom: int) -> float:
+    """Return the quantile of Student's t: expansion of Cornish and Fisher, exact to 1 % from 4 degrees of freedom on."""
+    z = NormalDist().inv_cdf(probability)
+    n = float(freedom)
+    terms = (
+        (z**3 + z) / (4 * n),
+        (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2),
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * n**3),
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / (92160 * n**4),
+    )
+    return z + sum(terms)
+
+
+def best_f1(scores: NDArray[np.floating], labels: NDArray[np.integer]) -> Threshold:
+    """Set the threshold with the best F1 on labelled scores: midway between the scores on its two sides.
+
+    Args:
+        scores: ``(N,)``.
+        labels: ``(N,)``, 1 for anomalous.
+
+    Raises:
+        UadxError: There is no anomalous, or no normal image.
+    """
+    positives, negatives = int((labels == 1).sum()), int((labels == 0).sum())
+    if positives == 0 or negatives == 0:
+        raise UadxError("best F1 needs normal and anomalous images", "use --method normal-fpr")
+    order = np.argsort(-scores, kind="stable")
+    ranked = scores[order].astype(np.float64)
+    hits = np.cumsum(labels[order] == 1)
+    f1 = 2 * hits / (np.arange(1, len(ranked) + 1) + positives)
+    last_of_tie = np.append(ranked[1:] != ranked[:-1], True)
+    best = int(np.argmax(np.where(last_of_tie, f1, -1)))
+    below = ranked[best + 1] if best + 1 < len(ranked) else np.nextafter(ranked[best], -np.inf)
+    return Threshold(float((ranked[best] + below) / 2), "f1", negatives, positives)
+
+
+def set_thresholds(
+    scores: NDArray[np.floating],
+    labels: NDArray[np.integer],
+    categories: Sequence[str],
+    *,
+    method: str = NORMAL_FPR,
+    target_fpr: float = 0.01,
+    source: str,
+) -> Thresholds:
+    """Set the thresholds of every category and the pooled one.
+
+    Args:
+        scores: ``(N,)``; images that could not be read (NaN) are left out.
+        labels: ``(N,)``, 1 for anomalous; ``normal-fpr`` looks at the normal ones alone.
+        categories: Category of each image.
+        method: ``normal-fpr`` or ``best-f1``.
+        target_fpr: For ``normal-fpr``.
+        source: Which images these are, in words; written down with the thresholds.
+
+    Raises:
+        UadxError: There is nothing to set a threshold from.
+        UsageError: Unknown method.
+    """
+    if method not in {NORMAL_FPR, BEST_F1}:
+        raise UsageError(f"unknown threshold method '{method}'", f"use {NORMAL_FPR} or {BEST_F1}")
+    if not 0 < target_fpr < 1:
+        raise UsageError(f"a false-positive rate of {target_fpr} makes no sense", "it is a share: above 0, below 1")
+    names = np.asarray(categories)
+    usable = np.isfinite(scores)
+
+    def one(chosen: NDArray[np.bool_]) -> Threshold:
+        if method == BEST_F1:
+            return best_f1(scores[chosen], labels[chosen])
+        return from_normal(scores[chosen & (labels == 0)], target_fpr)
+
+    wanted = [name for name in sorted(set(categories)) if method == BEST_F1 or bool((usable & (names == name) & (labels == 0)).any())]
+    return Thresholds(
+        pooled=one(usable),
+        categories={name: one(usable & (names == name)) for name in wanted},
+        method=method,
+        target_fpr=target_fpr if method == NORMAL_FPR else None,
+        source=source,
+    )
+
+
+def thresholds_from_samples(
+    detector: Detector,
+    table: SampleTable,
+    indices: Sequence[int] | NDArray[np.int64],
+    *,
+    method: str,
+    target_fpr: float,
+    kind: str,
+    progress: Callable[[int, int], None] | None = None,
+) -> Thresholds:
+    """Score samples and set thresholds from them.
+
+    Args:
+        detector: Scores the images.
+        table: Holds the samples.
+        indices: Which of them to use; ``normal-fpr`` takes the normal ones.
+        method: See ``set_thresholds``.
+        target_fpr: See ``set_thresholds``.
+        kind: Which images these are, in words.
+        progress: Called with images done and images in all.
+    """
+    used = [int(i) for i in indices if method == BEST_F1 or table.labels[int(i)] == 0]
+    scores = np.empty(len(used))
+    for done, prediction in enumerate(detector.stream(table.paths[i] for i in used)):
+        scores[done] = prediction.score
+        if progress is not None:
+            progress(done + 1, len(used))
+    return set_thresholds(
+        scores,
+        table.labels[used].astype(int),
+        [table.categories[int(table.category_index[i])] for i in used],
+        method=method,
+        target_fpr=target_fpr,
+        source=f"{len(used)} {'labelled' if method == BEST_F1 else 'normal'} images {kind}",
+    )

@@ -1,0 +1,151 @@
+"""Reading and writing images, the same way at every station, without torch.
+
+Whatever a file holds (grey, palette, RGBA, CMYK, 16 bit, rotated by EXIF), the rest of the program sees 8-bit RGB.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from uad_plugins.errors import UadxError
+
+EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
+"""File name endings, in lower case, that count as images."""
+
+MAX_PIXELS = 1 << 27
+"""Images of more pixels (134 million) are refused before they are decoded: a small file can claim gigabytes."""
+
+FORMATS = ("PNG", "JPEG", "MPO", "BMP", "DIB", "TIFF", "WEBP")
+"""Pillow decoders that may be used: no others are tried, whatever a file claims to be."""
+
+# The limit above is ours; Pillow's own warning at two thirds of it would only repeat it.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+RgbImage = NDArray[np.uint8]
+
+
+class ImageError(UadxError):
+    """An image file that cannot be used; the message names it and says why."""
+
+
+def is_image(name: str) -> bool:
+    """Tell from a file name whether it is an image: known ending in any letter case, not hidden."""
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS  # noqa: PTH122
+
+
+def open_image(path: str | os.PathLike[str]) -> Image.Image:
+    """Open an image file and check its header and size; the pixels are not decoded yet.
+
+    Raises:
+        ImageError: The file is missing, empty, not an image of a known format, or claims too many pixels.
+    """
+    try:
+        image = Image.open(path, formats=FORMATS)
+    except FileNotFoundError:
+        raise ImageError(f"{path}: no such file") from None
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
+        raise ImageError(f"{path}: {_reason(path, error)}") from error
+    if image.width * image.height > MAX_PIXELS:
+        size = f"{image.width}x{image.height}"
+        image.close()
+        raise ImageError(f"{path}: {size} pixels are more than the {MAX_PIXELS // 10**6} million allowed")
+    return image
+
+
+def read_rgb(path: str | os.PathLike[str]) -> Image.Image:
+    """Decode an image file to 8-bit RGB, upright.
+
+    16-bit images are scaled from their full range (0..65535 to 0..255); an alpha channel is dropped.
+
+    Raises:
+        ImageError: The file cannot be opened (see ``open_image``), is truncated, or has 32-bit floating-point pixels.
+    """
+    with open_image(path) as image:
+        try:
+            ImageOps.exif_transpose(image, in_place=True)
+            return _to_rgb(image, path)
+        except (OSError, ValueError, SyntaxError, EOFError, IndexError, MemoryError) as error:
+            raise ImageError(f"{path}: {_reason(path, error)}") from error
+
+
+def read_mask(path: str | os.PathLike[str]) -> NDArray[np.bool_]:
+    """Decode a ground-truth mask: bool array ``(H, W)``, True where any channel is above 0.
+
+    Raises:
+        ImageError: The file cannot be decoded.
+    """
+    with open_image(path) as image:
+        try:
+            ImageOps.exif_transpose(image, in_place=True)
+            if image.mode in {"P", "PA"}:
+                image = image.convert("RGB")
+            elif image.mode in {"LA", "RGBA", "La", "RGBa"}:
+                image = image.convert("L" if image.mode.startswith("L") else "RGB")
+            pixels = np.asarray(image)
+        except (OSError, ValueError, SyntaxError, EOFError) as error:
+            raise ImageError(f"{path}: {_reason(path, error)}") from error
+    positive: NDArray[np.bool_] = pixels > 0
+    return positive.any(axis=2) if positive.ndim == 3 else positive
+
+
+def resize_rgb(image: Image.Image, size: tuple[int, int]) -> RgbImage:
+    """Resize to the network's input: bilinear with antialiasing, aspect ratio not kept.
+
+    Args:
+        image: RGB image.
+        size: Target ``(height, width)`` in pixels.
+
+    Returns:
+        uint8 array ``(height, width, 3)``.
+    """
+    height, width = size
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    return np.asarray(image)
+
+
+def resize_mask(mask: NDArray[np.bool_], size: tuple[int, int]) -> NDArray[np.bool_]:
+    """Resize a mask to ``(height, width)``, nearest neighbour."""
+    height, width = size
+    if mask.shape == (height, width):
+        return mask
+    image = Image.fromarray(mask.astype(np.uint8))
+    return np.asarray(image.resize((width, height), Image.Resampling.NEAREST)) > 0
+
+
+def displayed_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Return ``(height, width)`` of an image as it is displayed, from its header alone."""
+    with open_image(path) as image:
+        turned = image.getexif().get(0x0112, 1) in {5, 6, 7, 8}
+        return (image.width, image.height) if turned else (image.height, image.width)
+
+
+def _to_rgb(image: Image.Image, path: str | os.PathLike[str]) -> Image.Image:
+    mode = image.mode
+    if mode == "F":
+        raise ImageError(f"{path}: 32-bit floating-point pixels have no known range; save it with 8 or 16 bits")
+    if mode.startswith("I"):
+        grey = np.asarray(image).astype(np.int64)
+        return Image.fromarray((np.clip(grey, 0, 65535) // 257).astype(np.uint8)).convert("RGB")
+    if mode in {"P", "PA"} and "transparency" in image.info:
+        image = image.convert("RGBA")
+    image.load()
+    return image.convert("RGB")
+
+
+def _reason(path: str | os.PathLike[str], error: Exception) -> str:
+    if isinstance(error, Image.DecompressionBombError):
+        return f"claims more than the {MAX_PIXELS // 10**6} million pixels allowed"
+    if isinstance(error, IsADirectoryError):
+        return "is a folder, not an image"
+    if isinstance(error, PermissionError):
+        return "permission denied"
+    if isinstance(error, UnidentifiedImageError):
+        return "empty file" if Path(path).stat().st_size == 0 else "not an image of a known format"
+    return f"cannot be decoded: {str(error).splitlines()[0] if str(error) else type(error).__name__}"

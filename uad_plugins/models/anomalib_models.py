@@ -1,0 +1,136 @@
+"""Any other image model of anomalib, by class name: ``--model anomalib:Padim``."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import anomalib.models
+from anomalib import LearningType
+from anomalib.metrics import Evaluator
+from anomalib.models import AnomalibModule
+from timm.models import FeatureDictNet, FeatureHookNet, FeatureListNet
+
+from uad_plugins.config import TrainConfig
+from uad_plugins.errors import UadxError, UsageError, unknown_name
+from uad_plugins.models.backbones import CHECKPOINT, HUB, alias, architectures, backbone_weights, load_backbone
+
+
+def classes() -> dict[str, type[AnomalibModule]]:
+    """Return anomalib's image models by class name."""
+    members = {name: getattr(anomalib.models, name, None) for name in getattr(anomalib.models, "__all__", dir(anomalib.models))}
+    return {
+        name: member
+        for name, member in members.items()
+        if inspect.isclass(member)
+        and issubclass(member, AnomalibModule)
+        and not inspect.isabstract(member)
+        and ".image." in member.__module__
+    }
+
+
+def find(name: str) -> type[AnomalibModule]:
+    """Return the class that ``anomalib:CLASS`` names.
+
+    Raises:
+        UsageError: No class is named, or there is none of that name.
+    """
+    _, _, class_name = name.partition(":")
+    known = classes()
+    if class_name not in known:
+        raise unknown_name("anomalib model", class_name or "(none named)", known)
+    return known[class_name]
+
+
+def build(config: TrainConfig) -> tuple[AnomalibModule, list[Any]]:
+    """Build an untrained model.
+
+    Returns:
+        The model and the records of the backbone weights it took.
+
+    Raises:
+        UadxError: The method is not trained on normal images, or its constructor failed.
+        UsageError: An option that its constructor does not take.
+    """
+    cls = find(config.model.name)
+    weights = config.model.weights
+    with backbone_weights(weights) as records:
+        model = _construct(cls, config, weights)
+        if weights != HUB and "pre_trained" in inspect.signature(cls.__init__).parameters:
+            _fill_extractors(model, weights)
+    if model.learning_type != LearningType.ONE_CLASS:
+        raise UadxError(
+            f"{cls.__name__} is a {model.learning_type.value} method: it does not learn from images of good parts",
+            "choose a one-class method, for example anomalib:Padim",
+        )
+    return model, records
+
+
+def load(checkpoint: Path, config: TrainConfig) -> AnomalibModule:
+    """Load a trained model without fetching anything that the checkpoint already has."""
+    cls = find(config.model.name)
+    options = _options(cls, config, CHECKPOINT)
+    if "pre_processor" in inspect.signature(cls.__init__).parameters:
+        # Some networks are as large as their input.
+        options["pre_processor"] = cls.configure_pre_processor(config.data.size)
+    with backbone_weights(CHECKPOINT):
+        model: AnomalibModule = cls.load_from_checkpoint(checkpoint, map_location="cpu", **options)
+    return model
+
+
+def _options(cls: type[AnomalibModule], config: TrainConfig, weights: str) -> dict[str, Any]:
+    parameters = inspect.signature(cls.__init__).parameters
+    options = dict(config.model.options)
+    section = config.model
+    if section.layers is not None:
+        options["layers"] = list(section.layers)
+    if "backbone" in parameters:
+        default = parameters["backbone"].default
+        backbone = section.backbone or (default if isinstance(default, str) else None)
+        if backbone is not None:
+            # Classes that can be built without weights are filled afterwards; the others take them by timm's registry.
+            aliased = weights != HUB and "pre_trained" not in parameters and backbone.partition(".")[0] in architectures()
+            options["backbone"] = alias(backbone) if aliased else backbone
+    elif section.backbone is not None:
+        raise UsageError(f"{cls.__name__} has no backbone to choose", "leave model.backbone out")
+    if "pre_trained" in parameters and weights != HUB:
+        options["pre_trained"] = False
+    unknown = [name for name in options if name not in parameters]
+    if unknown:
+        error = unknown_name(f"option of {cls.__name__}", unknown[0], [name for name in parameters if name != "self"])
+        raise error
+    return options
+
+
+def _fill_extractors(model: AnomalibModule, weights: str) -> None:
+    """Load the chosen weights into every timm backbone of a model that was built without any."""
+    backbones = [module for module in model.modules() if isinstance(module, (FeatureListNet, FeatureDictNet, FeatureHookNet))]
+    architecture = model.hparams.get("backbone")
+    if not backbones or not isinstance(architecture, str):
+        raise UadxError(f"{type(model).__name__} takes its weights from timm's hub alone", "use --weights hub")
+    for backbone in backbones:
+        load_backbone(backbone, architecture, weights)
+
+
+def _construct(cls: type[AnomalibModule], config: TrainConfig, weights: str) -> AnomalibModule:
+    options = _options(cls, config, weights)
+    parameters = inspect.signature(cls.__init__).parameters
+    if "visualizer" in parameters:
+        options["visualizer"] = False
+    if "pre_processor" in parameters:
+        options["pre_processor"] = cls.configure_pre_processor(config.data.size)
+    if "evaluator" in parameters:
+        # Held-out images are normal and without masks: metrics on them that need more are left out.
+        options["evaluator"] = Evaluator(test_metrics=list(cls.configure_evaluator().test_metrics))
+    try:
+        return cls(**options)
+    except UadxError:
+        raise
+    except Exception as error:
+        # Forty foreign constructors, each with its own ideas of what to raise.
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UadxError(
+            f"anomalib's {cls.__name__} cannot be built: {reason}",
+            "check model.options and model.backbone; methods that fetch weights of their own need a network",
+        ) from error

@@ -1,0 +1,177 @@
+"""Registers the built-in methods, and the engine that runs a trained run with torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from uad_plugins.config import TrainConfig, recipe_path
+from uad_plugins.errors import missing_extra
+from uad_plugins.hookspecs import ModelPlugin, Requirement, RuntimePlugin, hookimpl
+
+if TYPE_CHECKING:
+    from uad_plugins.detector import Detector
+
+
+class NoOptions(BaseModel):
+    """A method without options of its own."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class ReverseDistillationOptions(BaseModel):
+    """Options of Reverse Distillation."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    anomaly_map_mode: str = Field("add", pattern="^(add|multiply)$", description="How the maps of the layers are combined.")
+
+
+class AnyOptions(BaseModel):
+    """Options that anomalib's own constructor checks."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+def _common(config: TrainConfig) -> dict[str, Any]:
+    from anomalib.models import AnomalibModule
+
+    arguments: dict[str, Any] = {
+        "weights": config.model.weights,
+        "optimizer": config.optimizer.model_dump(mode="json"),
+        "pre_processor": AnomalibModule.configure_pre_processor(config.data.size),
+        "visualizer": False,
+    }
+    if config.model.backbone is not None:
+        arguments["backbone"] = config.model.backbone
+    if config.model.layers is not None:
+        arguments["layers"] = config.model.layers
+    return arguments
+
+
+def _build_stfpm(config: TrainConfig) -> Any:
+    with _train_extra():
+        from uad_plugins.models.stfpm import Stfpm
+
+        return Stfpm(**_common(config))
+
+
+def _load_stfpm(checkpoint: Path, _config: TrainConfig) -> Any:
+    with _train_extra():
+        from uad_plugins.models.stfpm import Stfpm
+
+        return Stfpm.load_from_checkpoint(checkpoint, map_location="cpu")
+
+
+def _build_reverse_distillation(config: TrainConfig) -> Any:
+    with _train_extra():
+        from uad_plugins.models.reverse_distillation import ReverseDistillation
+
+        return ReverseDistillation(**config.model.options, **_common(config))
+
+
+def _load_reverse_distillation(checkpoint: Path, _config: TrainConfig) -> Any:
+    with _train_extra():
+        from uad_plugins.models.reverse_distillation import ReverseDistillation
+
+        return ReverseDistillation.load_from_checkpoint(checkpoint, map_location="cpu")
+
+
+def _build_anomalib(config: TrainConfig) -> Any:
+    with _train_extra():
+        from uad_plugins.models.anomalib_models import build
+
+        model, records = build(config)
+        model.weights_record = records[0] if records else None
+        return model
+
+
+def _load_anomalib(checkpoint: Path, config: TrainConfig) -> Any:
+    with _train_extra():
+        from uad_plugins.models.anomalib_models import load
+
+        return load(checkpoint, config)
+
+
+def _stfpm_backbones() -> list[str]:
+    from uad_plugins.models.backbones import architectures
+
+    return architectures()
+
+
+def _reverse_distillation_backbones() -> list[str]:
+    from uad_plugins.models.reverse_distillation import BACKBONES
+
+    return list(BACKBONES)
+
+
+class _train_extra:  # noqa: N801
+    """Turns a missing package of the ``train`` extra into the line that says how to install it."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if isinstance(error, ModuleNotFoundError):
+            raise missing_extra("training", "train", error) from error
+
+
+@hookimpl
+def uadx_register_models() -> list[ModelPlugin]:
+    """Return STFPM, Reverse Distillation, and the door to anomalib's other image models."""
+    return [
+        ModelPlugin(
+            name="stfpm",
+            summary="Student-Teacher Feature Pyramid Matching (arXiv 2103.04257)",
+            build=_build_stfpm,
+            load=_load_stfpm,
+            options=NoOptions,
+            recipe=recipe_path("stfpm"),
+            backbones=_stfpm_backbones,
+            supports=frozenset({"export", "qat"}),
+        ),
+        ModelPlugin(
+            name="reverse_distillation",
+            summary="Reverse Distillation from One-Class Embedding (arXiv 2201.10703)",
+            build=_build_reverse_distillation,
+            load=_load_reverse_distillation,
+            options=ReverseDistillationOptions,
+            recipe=recipe_path("reverse_distillation"),
+            backbones=_reverse_distillation_backbones,
+            supports=frozenset({"export", "qat"}),
+        ),
+        ModelPlugin(
+            name="anomalib",
+            summary="any other image model of anomalib, as anomalib:CLASS",
+            build=_build_anomalib,
+            load=_load_anomalib,
+            options=AnyOptions,
+        ),
+    ]
+
+
+def _open_run(folder: Path) -> Detector | None:
+    from uad_plugins.artifacts import MANIFEST
+
+    if not (folder / MANIFEST).is_file():
+        return None
+    with _train_extra():
+        from uad_plugins.models.torch_detector import TorchDetector
+
+        return TorchDetector.open(folder)
+
+
+@hookimpl
+def uadx_register_runtimes() -> list[RuntimePlugin]:
+    """Return the torch engine."""
+    modules = ("torch", "torchvision", "lightning", "timm", "anomalib")
+    return [
+        RuntimePlugin(
+            name="torch",
+            summary="runs a trained run",
+            open=_open_run,
+            requires=tuple(Requirement(module, "pip install 'uadx[train]'") for module in modules),
+        )
+    ]

@@ -1,0 +1,72 @@
+"""What the distillation models share: optimizer and schedule from the configuration, held-out loss, offline checkpoints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn, optim
+
+from uad_plugins.config import OptimizerConfig
+from uad_plugins.models.backbones import CHECKPOINT, WeightsRecord
+
+
+class DistillationRecipe:
+    """Mixin for an ``AnomalibModule`` whose student learns to match a frozen teacher.
+
+    Attributes:
+        recipe: Optimizer and schedule.
+        weights_record: Where the teacher's weights came from; None after loading a checkpoint.
+        held_out_loss: float32 ``(B,)``, the training loss of each image of the last validation batch.
+    """
+
+    recipe: OptimizerConfig
+    weights_record: WeightsRecord | None
+    held_out_loss: torch.Tensor | None
+
+    def trained_parameters(self) -> Iterable[nn.Parameter]:
+        """Return the parameters that the optimizer updates."""
+        raise NotImplementedError
+
+    def set_recipe(self, optimizer: Mapping[str, Any] | OptimizerConfig | None, default: OptimizerConfig) -> None:
+        """Take the optimizer settings given, or the method's own."""
+        if optimizer is None:
+            self.recipe = default
+        else:
+            self.recipe = OptimizerConfig.model_validate(
+                optimizer if isinstance(optimizer, OptimizerConfig) else dict(optimizer)
+            )
+        self.held_out_loss = None
+
+    def configure_optimizers(self) -> Any:
+        """Return the optimizer, with a schedule over all steps when the recipe has one."""
+        recipe, parameters = self.recipe, [p for p in self.trained_parameters() if p.requires_grad]
+        optimizer: optim.Optimizer
+        if recipe.name == "sgd":
+            optimizer = optim.SGD(parameters, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+        else:
+            kind = optim.Adam if recipe.name == "adam" else optim.AdamW
+            optimizer = kind(parameters, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay)
+        if recipe.schedule == "constant" and recipe.warmup == 0:
+            return optimizer
+        steps = max(1, int(self.trainer.estimated_stepping_batches))  # type: ignore[attr-defined]
+        scheduler = optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(recipe, step / steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note in the checkpoint that it brings the teacher's weights: loading it must fetch nothing."""
+        super().on_save_checkpoint(checkpoint)  # type: ignore[misc]
+        checkpoint["hyper_parameters"]["weights"] = CHECKPOINT
+
+
+def learning_rate_factor(recipe: OptimizerConfig, progress: float) -> float:
+    """Return the learning rate as a share of its highest.
+
+    Args:
+        recipe: Schedule and warm-up.
+        progress: Share of all steps done, 0..1.
+    """
+    rise = min(1.0, (progress + 1e-3) / recipe.warmup) if recipe.warmup > 0 else 1.0
+    return rise * (0.5 * (1 + math.cos(math.pi * min(1.0, progress))) if recipe.schedule == "cosine" else 1.0)

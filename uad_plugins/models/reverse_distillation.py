@@ -1,0 +1,130 @@
+"""Reverse Distillation: anomalib's model with offline weights, the published optimizer, and maps at the input's size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from anomalib.metrics import Evaluator
+from anomalib.models import ReverseDistillation as AnomalibReverseDistillation
+from anomalib.models.image.reverse_distillation.anomaly_map import AnomalyMapGenerationMode
+from anomalib.models.image.reverse_distillation.loss import ReverseDistillationLoss
+from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
+from anomalib.visualization import Visualizer
+from torch import nn
+from torch.nn import functional as F
+
+from uad_plugins.config import OptimizerConfig
+from uad_plugins.errors import UsageError
+from uad_plugins.models.backbones import CHECKPOINT, HUB, load_backbone, require_architecture
+from uad_plugins.models.recipe import DistillationRecipe
+
+LAYERS = ("layer1", "layer2", "layer3")
+RECIPE = OptimizerConfig(name="adam", lr=5e-3, betas=(0.5, 0.999), weight_decay=1e-5)
+BACKBONES = [
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "resnext50_32x4d",
+    "resnext101_32x8d",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
+]
+"""Backbones for which the method has a mirrored decoder."""
+
+
+class AnyLayoutLoss(ReverseDistillationLoss):
+    """anomalib's loss, for features in channels-last memory as well: it takes views that need the usual order."""
+
+    @staticmethod
+    def forward(encoder_features: list[torch.Tensor], decoder_features: list[torch.Tensor]) -> torch.Tensor:
+        """Return the scalar loss of two lists of features ``(B, C, H, W)``."""
+        loss: torch.Tensor = ReverseDistillationLoss.forward(
+            [feature.contiguous() for feature in encoder_features], [feature.contiguous() for feature in decoder_features]
+        )
+        return loss
+
+
+class ReverseDistillation(DistillationRecipe, AnomalibReverseDistillation):
+    """Reverse Distillation for the unified setting; checkpoints load into anomalib's class and back.
+
+    Args:
+        backbone: One of ``BACKBONES``.
+        layers: The three layers whose features are restored; the bottleneck takes exactly these.
+        anomaly_map_mode: ``add`` or ``multiply`` the maps of the layers.
+        weights: Encoder weights: ``hub``, ``bundled`` or a path.
+        optimizer: See ``OptimizerConfig``; None is the published recipe (Adam 5e-3).
+        pre_processor: See anomalib.
+        post_processor: See anomalib.
+        evaluator: See anomalib.
+        visualizer: See anomalib.
+        pre_trained: For anomalib, which fetches weights when it is true; the encoder's come from ``weights``.
+
+    Raises:
+        UadxError: The weights are missing or of another architecture.
+        UsageError: The backbone has no decoder, or the layers are others than the method's.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "wide_resnet50_2",
+        layers: Sequence[str] = LAYERS,
+        anomaly_map_mode: AnomalyMapGenerationMode = AnomalyMapGenerationMode.ADD,
+        weights: str = HUB,
+        optimizer: Mapping[str, Any] | None = None,
+        pre_processor: PreProcessor | bool = True,
+        post_processor: PostProcessor | bool = True,
+        evaluator: Evaluator | bool = True,
+        visualizer: Visualizer | bool = True,
+        pre_trained: bool = False,  # noqa: ARG002
+    ) -> None:
+        architecture = require_architecture(backbone, BACKBONES)
+        if tuple(layers) != LAYERS:
+            raise UsageError(f"Reverse Distillation takes the layers {', '.join(LAYERS)}", "its bottleneck fits no others")
+        super().__init__(
+            backbone=architecture,
+            layers=list(layers),
+            anomaly_map_mode=AnomalyMapGenerationMode(anomaly_map_mode),
+            pre_trained=False,
+            pre_processor=pre_processor,
+            post_processor=post_processor,
+            evaluator=evaluator,
+            visualizer=visualizer,
+        )
+        self.weights_record = None
+        if weights != CHECKPOINT:
+            self.weights_record = load_backbone(self.model.encoder.feature_extractor, backbone, weights)
+        self.set_recipe(optimizer, RECIPE)
+        self.model.to(memory_format=torch.channels_last)
+        self.loss = AnyLayoutLoss()
+
+    def trained_parameters(self) -> Iterable[nn.Parameter]:
+        """Return the parameters of bottleneck and decoder."""
+        return chain(self.model.decoder.parameters(), self.model.bottleneck.parameters())
+
+    def validation_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """Predict, and note the loss of each image in ``held_out_loss``."""
+        del args, kwargs
+        encoded = list(self.model.encoder(batch.image).values())
+        decoded = self.model.decoder(self.model.bottleneck(encoded))
+        self.held_out_loss = sum(
+            1 - F.cosine_similarity(before.flatten(1), after.flatten(1)) for before, after in zip(encoded, decoded, strict=True)
+        )
+        anomaly_map = self.model.anomaly_map_generator(encoded, decoded)
+        return batch.update(pred_score=anomaly_map.amax(dim=(-2, -1)), anomaly_map=anomaly_map)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note that anomalib's own class need not fetch weights either."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["hyper_parameters"]["pre_trained"] = False
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the input size: the map generator was built before the pre-processor's size was known."""
+        super().on_load_checkpoint(checkpoint)
+        if self.input_size is not None:
+            self.model.anomaly_map_generator.image_size = tuple(self.input_size)

@@ -1,0 +1,78 @@
+"""The detector of a trained run: its checkpoint, run by torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from anomalib.models import AnomalibModule
+from numpy.typing import NDArray
+
+from uad_plugins.artifacts import Run, checked, read_json
+from uad_plugins.config import model_plugin
+from uad_plugins.detector import Detector
+from uad_plugins.errors import UadxError
+from uad_plugins.evaluation.thresholds import Thresholds
+from uad_plugins.imaging import RgbImage
+
+
+class TorchDetector(Detector):
+    """Runs an anomalib module.
+
+    Args:
+        model: Trained module; its pre-processor normalises images in 0..1.
+        name: For messages.
+        categories: Products it was trained on.
+        image_size: ``(height, width)``.
+        thresholds: Decision thresholds.
+        device: Where it runs; None takes the GPU if there is one.
+    """
+
+    engine = "torch"
+
+    def __init__(
+        self,
+        model: AnomalibModule,
+        name: str,
+        categories: list[str],
+        image_size: tuple[int, int],
+        thresholds: Thresholds,
+        device: str | None = None,
+    ) -> None:
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.model = model.to(self.device).eval()
+        self.name = name
+        self.categories = categories
+        self.image_size = image_size
+        self.thresholds = thresholds
+
+    @classmethod
+    def open(cls, folder: Path, device: str | None = None) -> TorchDetector:
+        """Open a finished run.
+
+        Raises:
+            UadxError: The folder is no finished run, or a file in it is damaged.
+        """
+        run = Run.open(folder)
+        manifest, config = run.manifest(), run.config()
+        model = checked(run.checkpoint, lambda path: model_plugin(config.model.name).load(path, config))
+        thresholds = Thresholds.from_dict(read_json(run.thresholds_file))
+        return cls(model, str(folder), manifest.categories, manifest.image_size, thresholds, device)
+
+    def infer(self, images: RgbImage) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Score a batch; see ``Detector.infer``."""
+        with torch.inference_mode():
+            batch = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2).contiguous().float().div_(255)
+            if self.model.pre_processor is not None:
+                batch = self.model.pre_processor(batch)
+            output = self.model.model(batch)
+            maps, scores = output.anomaly_map, output.pred_score
+            if scores is None:
+                if maps is None:
+                    raise UadxError(f"{self.name}: the model gives neither a score nor a map")
+                scores = maps.amax(dim=(-2, -1))
+            scores = scores.reshape(len(images)).float().cpu().numpy()
+            if maps is None:
+                return scores, np.broadcast_to(scores[:, None, None], (len(images), *self.image_size)).astype(np.float32)
+            return scores, maps.reshape(len(images), *maps.shape[-2:]).float().cpu().numpy()

@@ -1,0 +1,84 @@
+"""The quickstart: every station once, on synthetic products, offline."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from uad_plugins.config import recipe_path, resolve
+from uad_plugins.data.layouts import scan
+from uad_plugins.data.products.synthesis import synthesize
+from uad_plugins.detector import open_detector
+from uad_plugins.errors import UadxError
+from uad_plugins.evaluation.evaluate import Evaluation, evaluate
+from uad_plugins.evaluation.report import write_report
+from uad_plugins.training.train import train
+
+MARK = ".uadx-quickstart"
+
+
+@dataclass(frozen=True)
+class Quickstart:
+    """Where everything was written, and what was measured."""
+
+    data: Path
+    run: Path
+    report: Path
+    evaluation: Evaluation
+    seconds: dict[str, float]
+
+
+def run_quickstart(
+    out: Path, *, overwrite: bool = False, epochs: int | None = None, side: int | None = None, tell: Callable[[str], None]
+) -> Quickstart:
+    """Make products, train one model on all of them, evaluate it, write heat maps and a report.
+
+    Args:
+        out: Folder for everything.
+        overwrite: Replace the folder of an earlier quickstart.
+        epochs: Other than the recipe's.
+        side: Input side in pixels, other than the recipe's.
+        tell: Called with a line before each step.
+
+    Raises:
+        UadxError: The folder exists.
+    """
+    if out.exists() and any(out.iterdir()):
+        if not (out / MARK).is_file():
+            raise UadxError(f"{out}: exists and is not empty", "name a new folder with --out")
+        if not overwrite:
+            raise UadxError(f"{out}: holds an earlier quickstart", "replace it with --overwrite, or name another with --out")
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / MARK).touch()
+    flags: dict[str, Any] = {}
+    if epochs is not None:
+        flags["trainer"] = {"max_epochs": epochs}
+    if side is not None:
+        flags["data"] = {"image_size": side}
+    config = resolve(file=recipe_path("quickstart"), flags=flags, environment={})
+    seconds: dict[str, float] = {}
+
+    @contextmanager
+    def step(name: str, text: str) -> Iterator[None]:
+        tell(text)
+        started = time.monotonic()
+        yield
+        seconds[name] = time.monotonic() - started
+
+    data, run = out / "data", out / "run"
+    with step("synthesize", "1/3  drawing three products: good parts to learn from, good and defective ones to test on"):
+        synthesize(data, side=256, train=60, test=24, seed=0)
+    with step("train", "2/3  training one model on all three, from images of good parts only"):
+        train(config, data, run)
+    with step("evaluate", "3/3  testing it on parts it has never seen"):
+        with open_detector(run) as detector:
+            result = evaluate(detector, scan(data), out=out / "evaluation", all_maps=True, examples=6)
+        facts = {"model": "unified STFPM, resnet18", "data": "three synthetic products", "input": f"{config.data.size[0]} px"}
+        report = write_report(result, out / "report.html", title="uadx quickstart", facts=facts)
+    return Quickstart(data, run, report, result, seconds)

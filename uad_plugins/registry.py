@@ -1,0 +1,179 @@
+"""Finds the built-in and third-party plugins, isolates the broken ones, and looks things up by kind and name."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import sys
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import pluggy
+
+from uad_plugins import hookspecs
+from uad_plugins.errors import UadxError, unknown_name
+
+BUILTINS = (
+    "uad_plugins.data.plugin",
+    "uad_plugins.models.plugin",
+)
+LOAD_VARIABLE = "UADX_LOAD_PLUGINS"
+STRICT_VARIABLE = "UADX_STRICT_PLUGINS"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One registered description, with the distribution that brought it."""
+
+    kind: str
+    name: str
+    distribution: str
+    version: str
+    item: Any
+    plugin: str = ""
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A plugin that could not be loaded, with the reason."""
+
+    name: str
+    distribution: str
+    version: str
+    reason: str
+
+
+@dataclass
+class Registry:
+    """Everything that is registered, by kind and name."""
+
+    entries: dict[tuple[str, str], Entry] = field(default_factory=dict)
+    broken: list[Broken] = field(default_factory=list)
+
+    def names(self, kind: str) -> list[str]:
+        """Return the sorted names of one kind."""
+        return sorted(name for entry_kind, name in self.entries if entry_kind == kind)
+
+    def items(self, kind: str) -> list[Any]:
+        """Return the descriptions of one kind, in the order of their names."""
+        return [self.entries[kind, name].item for name in self.names(kind)]
+
+    def get(self, kind: str, name: str) -> Any:
+        """Look one description up.
+
+        Raises:
+            UsageError: Nothing has that name; the message names what exists and what failed to load.
+        """
+        entry = self.entries.get((kind, name))
+        if entry is not None:
+            return entry.item
+        error = unknown_name(kind, name, self.names(kind))
+        if self.broken:
+            failed = "; ".join(f"{plugin.name}: {plugin.reason}" for plugin in self.broken)
+            error.hint += f"; plugins that failed to load: {failed}"
+        raise error
+
+
+def load(*, strict: bool | None = None, selection: str | None = None) -> Registry:
+    """Load the built-in plugins and those installed by third parties.
+
+    Args:
+        strict: Raise on the first plugin that fails instead of listing it as broken. None: the environment decides
+            (``UADX_STRICT_PLUGINS``).
+        selection: Comma-separated entry-point or distribution names of the third-party plugins to load; the empty string
+            loads none. None: the environment decides (``UADX_LOAD_PLUGINS``), and without it all are loaded.
+
+    Raises:
+        UadxError: In strict mode, a plugin could not be loaded.
+    """
+    if strict is None:
+        strict = os.environ.get(STRICT_VARIABLE, "").lower() not in {"", "0", "false", "no"}
+    if selection is None:
+        selection = os.environ.get(LOAD_VARIABLE)
+    wanted = None if selection is None else {name.strip() for name in selection.split(",") if name.strip()}
+
+    manager = pluggy.PluginManager("uadx")
+    manager.add_hookspecs(hookspecs)
+    registry = Registry()
+    for module_name in BUILTINS:
+        _register(manager, registry, module_name, "uadx", _version("uadx"), lambda m=module_name: importlib.import_module(m))
+    found: set[str] = set()
+    for point in importlib.metadata.entry_points(group=hookspecs.ENTRY_POINT_GROUP):
+        distribution = point.dist.name if point.dist else "unknown"
+        if wanted is not None and not wanted & {point.name, distribution}:
+            continue
+        found |= {point.name, distribution}
+        _attempt(registry, point.name, distribution, point.dist.version if point.dist else "", strict,
+                 lambda p=point, d=distribution: _register(
+                     manager, registry, p.name, d, p.dist.version if p.dist else "", p.load))
+    for name in sorted((wanted or set()) - found):
+        _attempt(registry, name, "", "", strict, lambda n=name: _register(
+            manager, registry, n, n, "", lambda: importlib.import_module(n)))
+    return registry
+
+
+def _attempt(registry: Registry, name: str, distribution: str, version: str, strict: bool, action: Any) -> None:
+    try:
+        action()
+    except Exception as error:
+        # A plugin is foreign code: whatever it raises must not take the program down.
+        reason = str(error) if isinstance(error, UadxError) else f"{type(error).__name__}: {error}"
+        reason = reason.splitlines()[0] if reason else type(error).__name__
+        if strict:
+            raise UadxError(f"plugin '{name}' failed to load: {reason}", f"fix it or leave {STRICT_VARIABLE} unset") from error
+        registry.broken.append(Broken(name, distribution, version, reason))
+
+
+def _register(
+    manager: pluggy.PluginManager, registry: Registry, name: str, distribution: str, version: str, load_module: Any
+) -> None:
+    """Register one plugin whole or not at all."""
+    module = load_module()
+    known_hooks = {hook for hook, _ in hookspecs.KINDS.values()}
+    manager.register(module, name)
+    try:
+        unknown = [
+            attribute
+            for attribute in dir(module)
+            if manager.parse_hookimpl_opts(module, attribute) is not None and attribute not in known_hooks
+        ]
+        if unknown:
+            raise unknown_name("hook", unknown[0], known_hooks)
+        fresh: dict[tuple[str, str], Entry] = {}
+        for kind, (hook, cls) in hookspecs.KINDS.items():
+            for implementation in getattr(manager.hook, hook).get_hookimpls():
+                if implementation.plugin is not module:
+                    continue
+                for item in implementation.function():
+                    if not isinstance(item, cls):
+                        raise TypeError(f"{hook} returned {type(item).__name__}, expected {cls.__name__}")
+                    key = (kind, item.name)
+                    owner = registry.entries.get(key) or fresh.get(key)
+                    if owner is not None:
+                        raise UadxError(
+                            f"{kind} '{item.name}' is registered twice: by {owner.plugin} ({owner.distribution}) and by "
+                            f"{name} ({distribution})"
+                        )
+                    fresh[key] = Entry(kind, item.name, distribution, version, item, name)
+    except BaseException:
+        manager.unregister(module)
+        raise
+    registry.entries.update(fresh)
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+@lru_cache(maxsize=1)
+def registry() -> Registry:
+    """Return the process-wide registry, loading it on first use; warn on stderr of each plugin that failed."""
+    loaded = load()
+    for plugin in loaded.broken:
+        sys.stderr.write(f"uadx: plugin '{plugin.name}' was left out: {plugin.reason} (see 'uadx plugins list')\n")
+    return loaded

@@ -1,0 +1,122 @@
+"""The run's folder before training: is it new, unfinished or finished, and does a resumed training fit to it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from uad_plugins.artifacts import MANIFEST, Run, RunManifest, write_text
+from uad_plugins.config import TrainConfig, to_yaml
+from uad_plugins.data.samples import SampleTable
+from uad_plugins.errors import UadxError, UsageError
+
+RESUME_MAY_CHANGE = ("trainer", "plugins", "data.num_workers", "data.eval_batch_size", "thresholds")
+"""Keys (and sections) that a resumed training may change."""
+
+
+def main_process() -> bool:
+    """Tell whether this is the process that writes: the first of a training on several devices or machines."""
+    ranks = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK"))
+    return all(rank in {"", "0"} for rank in ranks)
+
+
+def open_folder(out: Path, *, resume: bool, overwrite: bool) -> Run:
+    """Decide what to do with the folder a training is to be written to.
+
+    Raises:
+        UadxError: It holds something that was not asked to be continued or overwritten.
+        UsageError: Both were asked for.
+    """
+    if resume and overwrite:
+        raise UsageError("--resume and --overwrite contradict each other", "give one of them")
+    run = Run(out.expanduser().absolute())
+    if not main_process():
+        return run
+    if run.folder.exists() and not run.folder.is_dir():
+        raise UadxError(f"{out}: is a file", "name a folder for the run")
+    if not run.folder.exists() or not any(run.folder.iterdir()):
+        run.folder.mkdir(parents=True, exist_ok=True)
+        return run
+    if not (run.folder / MANIFEST).is_file():
+        if {path.name for path in run.folder.iterdir()} <= {run.config_file.name, "logs"}:
+            return run
+        raise UadxError(f"{out}: is not empty and holds no run", "name a new folder")
+    if overwrite:
+        shutil.rmtree(run.folder)
+        run.folder.mkdir()
+    elif not resume:
+        if run.manifest().status == "finished":
+            raise UadxError(
+                f"{out}: holds a finished run", "name a new folder, or replace it with --overwrite, or train on with --resume"
+            )
+        raise UadxError(f"{out}: holds an unfinished run", "continue it with --resume, or replace it with --overwrite")
+    return run
+
+
+def resumed_config(run: Run, given: Mapping[str, Any], resolved: TrainConfig) -> TrainConfig:
+    """Return the configuration of a resumed training: the stored one, with what may change taken from what is given.
+
+    Args:
+        run: The unfinished run.
+        given: What the user said explicitly (file, environment and flags).
+        resolved: The same, resolved with all defaults.
+
+    Raises:
+        UsageError: A key that must not change was given another value.
+    """
+    stored = run.config()
+    before, after = stored.model_dump(mode="json"), resolved.model_dump(mode="json")
+    merged = stored.model_copy(deep=True)
+    for path in _leaves(given):
+        name = ".".join(path)
+        if any(name == key or name.startswith(f"{key}.") for key in RESUME_MAY_CHANGE):
+            continue
+        if _at(before, path) != _at(after, path):
+            raise UsageError(
+                f"a resumed training keeps its configuration: {name} is {_at(before, path)!r}, not {_at(after, path)!r}",
+                "leave the flag out, or train to another folder",
+            )
+    # The section's own recipe must not undo what the first call set: only what is said now changes.
+    merged.trainer = {**stored.trainer, **dict(given.get("trainer") or {})}
+    for section, key in (("data", "num_workers"), ("data", "eval_batch_size")):
+        if key in (given.get(section) or {}):
+            setattr(merged.data, key, getattr(resolved.data, key))
+    if "thresholds" in given:
+        merged.thresholds = resolved.thresholds
+    return merged
+
+
+def check_same_data(manifest: RunManifest, table: SampleTable) -> None:
+    """Refuse to resume on other data than the training began with.
+
+    Raises:
+        UadxError: Images were added, removed or moved: what was held out might now be trained on.
+    """
+    if manifest.data.get("fingerprint") != table.fingerprint():
+        raise UadxError(
+            "the data is not what this training began with (images added, removed or moved)",
+            "put it back as it was, or train anew to another folder",
+        )
+
+
+def write_start(run: Run, config: TrainConfig, manifest: RunManifest) -> None:
+    """Write configuration and manifest before the first step."""
+    write_text(run.config_file, to_yaml(config))
+    run.write_manifest(manifest)
+
+
+def _leaves(tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, (*prefix, str(key)))
+        else:
+            yield (*prefix, str(key))
+
+
+def _at(tree: Any, path: tuple[str, ...]) -> Any:
+    for step in path:
+        tree = tree.get(step) if isinstance(tree, Mapping) else None
+    return tree

@@ -1,0 +1,241 @@
+"""``train``: from a configuration and a folder of images to a run on disk."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from anomalib.models import AnomalibModule
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from uad_plugins.artifacts import Run, RunManifest, sha256_of, versions, write_json
+from uad_plugins.config import TrainConfig, model_plugin
+from uad_plugins.data.check import Progress, require_readable
+from uad_plugins.data.datamodule import UnifiedDataModule
+from uad_plugins.data.samples import SampleTable
+from uad_plugins.detector import open_detector
+from uad_plugins.errors import UadxError
+from uad_plugins.evaluation.thresholds import set_thresholds, thresholds_from_samples
+from uad_plugins.training.callbacks import FiniteLoss, HeldOutLoss, SampleCount, TrainingProgress
+from uad_plugins.training.checkpointing import AtomicCheckpointIO, BestAndLast
+from uad_plugins.training.run_folder import check_same_data, main_process, open_folder, resumed_config, write_start
+
+
+def train(
+    config: TrainConfig,
+    data: str | Path,
+    out: Path,
+    *,
+    given: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    interactive: bool | None = None,
+    verifying: Progress | None = None,
+) -> dict[str, Any] | None:
+    """Train one model on all categories of a data set and write the run.
+
+    Args:
+        config: Resolved configuration.
+        data: Folder or index file.
+        out: The run's folder.
+        given: What the user set explicitly; a resumed training refuses to change it. None: nothing.
+        resume: Continue an unfinished training (or train a finished one on, for more epochs).
+        overwrite: Replace what is there.
+        interactive: Show a progress bar; None decides by the terminal.
+        verifying: Called while the images are verified.
+
+    Returns:
+        The content of ``metrics.json``; None in the helper processes of a training on several devices.
+
+    Raises:
+        UadxError: Data, weights, folder or configuration do not allow it; see the message.
+    """
+    run = open_folder(out, resume=resume, overwrite=overwrite)
+    resuming = resume and (run.folder / "run.json").is_file()
+    if resuming:
+        config = resumed_config(run, given or {}, config)
+    with quiet_libraries():
+        seed_everything(config.seed, workers=True, verbose=False)
+        module = _datamodule(config, data)
+        table = module.index()
+        if resuming:
+            check_same_data(run.manifest(), table)
+        fingerprint = table.fingerprint()
+        module.table, module.skipped = require_readable(
+            table, ("train", "val"), skip_bad=config.data.skip_bad, progress=verifying
+        )
+        model = model_plugin(config.model.name).build(config)
+        manifest = _manifest(config, module, model, data, fingerprint)
+        if main_process():
+            if resuming:
+                manifest.weights = run.manifest().weights
+            write_start(run, config, manifest)
+            write_json(run.folder / "skipped.json", module.skipped)
+        fitted = _fit(run, config, module, model, interactive=interactive)
+        if not fitted["main"]:
+            return None
+        return _finish(run, config, module.table, manifest, fitted)
+
+
+def _datamodule(config: TrainConfig, data: str | Path) -> UnifiedDataModule:
+    section = config.data
+    return UnifiedDataModule(
+        root=str(data),
+        layout=section.layout,
+        categories=section.categories,
+        image_size=section.size,
+        train_batch_size=section.train_batch_size,
+        eval_batch_size=section.eval_batch_size,
+        num_workers=section.num_workers,
+        sampling=section.sampling,
+        samples_per_epoch=section.samples_per_epoch,
+        val_fraction=section.val_fraction,
+        verify=False,
+        seed=config.seed,
+    )
+
+
+def _manifest(
+    config: TrainConfig, module: UnifiedDataModule, model: AnomalibModule, data: str | Path, fingerprint: str
+) -> RunManifest:
+    table = module.table
+    counts = {
+        category: {split: len(table.where(split=split, category=category)) for split in ("train", "val", "test")}
+        for category in table.categories
+    }
+    trained = [category for category in table.categories if counts[category]["train"]]
+    if not trained:
+        raise UadxError(f"{data}: no normal training images", "a model learns from images of good parts")
+    record = getattr(model, "weights_record", None)
+    return RunManifest(
+        model=config.model.name,
+        categories=trained,
+        image_size=config.data.size,
+        data={
+            "root": str(Path(data).expanduser().absolute()),
+            "layout": config.data.layout,
+            "counts": counts,
+            "fingerprint": fingerprint,
+            "skipped": len(module.skipped),
+        },
+        weights=asdict(record) if record else None,
+        versions=versions(),
+    )
+
+
+def _fit(
+    run: Run, config: TrainConfig, module: UnifiedDataModule, model: AnomalibModule, *, interactive: bool | None
+) -> dict[str, Any]:
+    best = BestAndLast(run)
+    held_out, seen = HeldOutLoss(module.categories), SampleCount()
+    arguments: dict[str, Any] = {
+        "deterministic": "warn",
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "log_every_n_steps": 10,
+        **config.trainer,
+        **model.trainer_arguments,
+    }
+    if arguments.get("max_epochs") == 1:
+        arguments["check_val_every_n_epoch"] = 1
+    trainer = Trainer(
+        **arguments,
+        default_root_dir=run.folder,
+        use_distributed_sampler=False,
+        callbacks=[seen, held_out, FiniteLoss(), TrainingProgress(interactive), best],
+        plugins=[AtomicCheckpointIO(extra_safe_globals=list(model.checkpoint_safe_globals()))],
+        logger=[CSVLogger(run.folder, name="logs/csv"), TensorBoardLogger(run.folder, name="logs/tensorboard")],
+    )
+    checkpoint = run.last_checkpoint if run.last_checkpoint.is_file() else None
+    started = time.monotonic()
+    trainer.fit(model, datamodule=module, ckpt_path=checkpoint)
+    seconds = time.monotonic() - started
+    if trainer.interrupted:
+        raise UadxError("training was interrupted", f"continue it with --resume; {run.folder} is whole", exit_code=130)
+    if trainer.is_global_zero and not run.checkpoint.is_file():
+        # No validation ran after a step (a memory bank filled in one epoch, say): what was learnt last is what there is.
+        trainer.save_checkpoint(run.checkpoint)
+    score = best.best_model_score
+    return {
+        "main": trainer.is_global_zero,
+        "epochs": trainer.current_epoch,
+        "best_val_loss": float(score) if score is not None else None,
+        "val_loss_per_category": held_out.latest,
+        "seconds": seconds,
+        "samples_seen": seen.seen,
+        "processes": trainer.world_size,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
+
+
+def _finish(run: Run, config: TrainConfig, table: SampleTable, manifest: RunManifest, fitted: dict[str, Any]) -> dict[str, Any]:
+    """Set the thresholds with the checkpoint kept, and write the figures."""
+    state = torch.load(run.checkpoint, map_location="cpu", weights_only=False, mmap=True)
+    best_epoch = int(state.get("epoch", fitted["epochs"])) + 1
+    del state
+    manifest = manifest.model_copy(update={"status": "finished", "checkpoint_sha256": sha256_of(run.checkpoint)})
+    placeholder = set_thresholds(np.ones(1), np.zeros(1, dtype=int), [manifest.categories[0]], source="not set yet")
+    if not run.thresholds_file.is_file():
+        write_json(run.thresholds_file, placeholder.as_dict())
+    run.write_manifest(manifest)
+    try:
+        with open_detector(run.folder) as detector:
+            thresholds = thresholds_from_samples(
+                detector,
+                table,
+                table.where(split="val"),
+                method=config.thresholds.method,
+                target_fpr=config.thresholds.target_fpr,
+                kind="held out from training",
+            )
+    except BaseException:
+        run.write_manifest(manifest.model_copy(update={"status": "training"}))
+        raise
+    write_json(run.thresholds_file, thresholds.as_dict())
+    metrics = {
+        "best_epoch": best_epoch,
+        **{key: value for key, value in fitted.items() if key != "main"},
+        "thresholds": {name: threshold.value for name, threshold in thresholds.categories.items()},
+    }
+    write_json(run.metrics_file, metrics)
+    run.write_manifest(manifest)
+    return metrics
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Silence Lightning's hints and notices, which say nothing to whoever runs uadx; warnings of substance stay."""
+    names = ("lightning.pytorch", "lightning.fabric", "anomalib", "lightning.pytorch.utilities.rank_zero")
+    levels = {name: logging.getLogger(name).level for name in names}
+    for name in names:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        for pattern in (
+            ".*does not have many workers.*",
+            ".*Checkpoint directory .* exists and is not empty.*",
+            ".*number of training batches.*smaller than the logging interval.*",
+            ".*The dirpath has changed.*",
+            ".*torch.jit.*",
+            ".*no positive samples.*",
+            ".*does not contain any anomalous.*",
+            ".*found 0 .*in.*eval mode.*",
+            ".*Found .* module.*in eval mode.*",
+            ".*LeafSpec.*",
+            ".*isinstance.treespec.*",
+            ".*pin_memory.*",
+        ):
+            warnings.filterwarnings("ignore", message=pattern)
+        try:
+            yield
+        finally:
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)

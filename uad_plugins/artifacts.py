@@ -87,11 +87,8 @@ def versions() -> dict[str, str]:
     """Return the versions of everything that can change a result."""
     names = ("uadx", "torch", "torchvision", "lightning", "anomalib", "timm", "torchmetrics", "numpy", "pillow")
     found = {"python": platform.python_version(), "platform": platform.platform(), "machine": platform.machine()}
-    for name in names:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
+    installed = {dist.name.lower(): dist.version for dist in metadata.distributions() if dist.name}
+    found |= {name: installed[name] for name in names if name in installed}
     return found
 
 

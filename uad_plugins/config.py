@@ -200,7 +200,6 @@ def resolve(
     recipe = read_yaml(plugin.recipe) if plugin.recipe else {}
     config = validate(merge(recipe, given))
     config.model.options = _validated(plugin.options, config.model.options, ("model", "options")).model_dump(mode="json")
-    _check_trainer(config.trainer)
     return config
 
 
@@ -247,26 +246,6 @@ def keys(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield from keys(annotation, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}"
-
-
-def _check_trainer(arguments: Mapping[str, Any]) -> None:
-    """Refuse arguments that Lightning's Trainer does not take or that uadx sets itself."""
-    import inspect
-
-    try:
-        from lightning.pytorch import Trainer
-    except ImportError:
-        return
-    own = {"self", "callbacks", "logger", "plugins", "default_root_dir", "enable_checkpointing", "use_distributed_sampler"}
-    known = set(inspect.signature(Trainer.__init__).parameters) - own
-    for name in arguments:
-        if name in own:
-            raise UsageError(f"trainer.{name} is set by uadx itself", "remove it from the configuration")
-        if name not in known:
-            raise unknown_key(["trainer", name], {f"trainer.{key}" for key in known})
-    epochs = arguments.get("max_epochs")
-    if epochs is not None and (not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 1):
-        raise UsageError(f"trainer.max_epochs: must be a whole number of at least 1, not {epochs!r}")
 
 
 def to_yaml(config: TrainConfig) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -94,7 +94,10 @@ class Detector(ABC):
         """
         remaining = iter(paths)
         with ThreadPoolExecutor(max_workers=readers) as pool:
-            submit: Callable[[str], tuple[str, Future[_Decoded]]] = lambda path: (path, pool.submit(_decode, path, self.image_size))  # noqa: E731
+
+            def submit(path: str) -> tuple[str, Future[_Decoded]]:
+                return path, pool.submit(_decode, path, self.image_size)
+
             waiting = [submit(path) for path in islice(remaining, 2 * batch_size)]
             while waiting:
                 batch, waiting = waiting[:batch_size], waiting[batch_size:]

@@ -201,7 +201,7 @@ def uadx_register_commands() -> list[CommandPlugin]:
     return []
 
 
-KINDS: dict[str, tuple[str, type]] = {
+KINDS: dict[str, tuple[str, type[Any]]] = {
     "model": ("uadx_register_models", ModelPlugin),
     "layout": ("uadx_register_layouts", LayoutPlugin),
     "quantizer": ("uadx_register_quantizers", QuantizerPlugin),

@@ -46,7 +46,7 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
         ImageError: The file is missing, empty, not an image of a known format, or claims too many pixels.
     """
     try:
-        image = Image.open(path, formats=FORMATS)
+        image = Image.open(os.fspath(path), formats=FORMATS)
     except FileNotFoundError:
         raise ImageError(f"{path}: no such file") from None
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
@@ -90,8 +90,8 @@ def read_mask(path: str | os.PathLike[str]) -> NDArray[np.bool_]:
             pixels = np.asarray(image)
         except (OSError, ValueError, SyntaxError, EOFError) as error:
             raise ImageError(f"{path}: {_reason(path, error)}") from error
-    positive: NDArray[np.bool_] = pixels > 0
-    return positive.any(axis=2) if positive.ndim == 3 else positive
+    positive = np.asarray(pixels > 0)
+    return np.asarray(positive.any(axis=2)) if positive.ndim == 3 else positive
 
 
 def resize_rgb(image: Image.Image, size: tuple[int, int]) -> RgbImage:

@@ -34,7 +34,12 @@ class Quickstart:
 
 
 def run_quickstart(
-    out: Path, *, overwrite: bool = False, epochs: int | None = None, side: int | None = None, tell: Callable[[str], None]
+    out: Path,
+    *,
+    overwrite: bool = False,
+    epochs: int | None = None,
+    side: int | None = None,
+    tell: Callable[[str], None],
 ) -> Quickstart:
     """Make products, train one model on all of them, evaluate it, write heat maps and a report.
 
@@ -79,6 +84,10 @@ def run_quickstart(
     with step("evaluate", "3/3  testing it on parts it has never seen"):
         with open_detector(run) as detector:
             result = evaluate(detector, scan(data), out=out / "evaluation", all_maps=True, examples=6)
-        facts = {"model": "unified STFPM, resnet18", "data": "three synthetic products", "input": f"{config.data.size[0]} px"}
+        facts = {
+            "model": "unified STFPM, resnet18",
+            "data": "three synthetic products",
+            "input": f"{config.data.size[0]} px",
+        }
         report = write_report(result, out / "report.html", title="uadx quickstart", facts=facts)
     return Quickstart(data, run, report, result, seconds)

@@ -105,12 +105,25 @@ def load(*, strict: bool | None = None, selection: str | None = None) -> Registr
         if wanted is not None and not wanted & {point.name, distribution}:
             continue
         found |= {point.name, distribution}
-        _attempt(registry, point.name, distribution, point.dist.version if point.dist else "", strict,
-                 lambda p=point, d=distribution: _register(
-                     manager, registry, p.name, d, p.dist.version if p.dist else "", p.load))
+        _attempt(
+            registry,
+            point.name,
+            distribution,
+            point.dist.version if point.dist else "",
+            strict,
+            lambda p=point, d=distribution: _register(
+                manager, registry, p.name, d, p.dist.version if p.dist else "", p.load
+            ),
+        )
     for name in sorted((wanted or set()) - found):
-        _attempt(registry, name, "", "", strict, lambda n=name: _register(
-            manager, registry, n, n, "", lambda: importlib.import_module(n)))
+        _attempt(
+            registry,
+            name,
+            "",
+            "",
+            strict,
+            lambda n=name: _register(manager, registry, n, n, "", lambda: importlib.import_module(n)),
+        )
     return registry
 
 
@@ -122,7 +135,9 @@ def _attempt(registry: Registry, name: str, distribution: str, version: str, str
         reason = str(error) if isinstance(error, UadxError) else f"{type(error).__name__}: {error}"
         reason = reason.splitlines()[0] if reason else type(error).__name__
         if strict:
-            raise UadxError(f"plugin '{name}' failed to load: {reason}", f"fix it or leave {STRICT_VARIABLE} unset") from error
+            raise UadxError(
+                f"plugin '{name}' failed to load: {reason}", f"fix it or leave {STRICT_VARIABLE} unset"
+            ) from error
         registry.broken.append(Broken(name, distribution, version, reason))
 
 

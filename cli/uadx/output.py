@@ -33,7 +33,9 @@ def table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for index, name in enumerate(heading):
-        numeric = index > 0 and all(row[index].replace("–", "0").rstrip("%").replace(".", "").strip().isdigit() for row in rows)
+        numeric = index > 0 and all(
+            row[index].replace("–", "0").rstrip("%").replace(".", "").strip().isdigit() for row in rows
+        )
         grid.add_column(name, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         grid.add_row(*(cell.replace("[", "\\[") for cell in row))

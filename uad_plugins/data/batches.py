@@ -66,7 +66,7 @@ class UnifiedBatch(ImageBatch):
         ]
 
     @classmethod
-    def collate(cls, items: Sequence[UnifiedItem]) -> UnifiedBatch:  # type: ignore[override]
+    def collate(cls, items: Sequence[UnifiedItem]) -> UnifiedBatch:
         """Stack items. The batch has masks only when every item has one: a missing mask must not pass for an empty one."""
         if any(item.image.shape != items[0].image.shape for item in items):
             batch: UnifiedBatch = super().collate(list(items))

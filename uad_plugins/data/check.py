@@ -123,7 +123,8 @@ def require_readable(
         path, reason = next(iter(reasons.items()))
         more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
         raise UadxError(
-            f"{path}: {reason}{more}", "repair or remove it, or leave such files out with --skip-bad; see 'uadx data check'"
+            f"{path}: {reason}{more}",
+            "repair or remove it, or leave such files out with --skip-bad; see 'uadx data check'",
         )
     return table.without(set(reasons)), reasons
 
@@ -235,7 +236,9 @@ def _category_problems(table: SampleTable) -> Iterator[Problem]:
         elif counts[category] == 1 and not held_out:
             yield Problem(ERROR, "one-training-image", "", f"category '{category}' has one training image: none to hold out")
         elif counts[category] < 20:
-            yield Problem(WARNING, "few-training-images", "", f"category '{category}' has {counts[category]} training images")
+            yield Problem(
+                WARNING, "few-training-images", "", f"category '{category}' has {counts[category]} training images"
+            )
 
 
 def _orphan_masks(table: SampleTable) -> Iterator[Problem]:

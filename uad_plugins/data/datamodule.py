@@ -122,9 +122,7 @@ class UnifiedDataset(AnomalibDataset):
         image = Image(torch.from_numpy(np.array(pixels)).permute(2, 0, 1))
         mask: Mask | None = None
         if self._masked[category_index] and (sample.mask or sample.label == NORMAL):
-            truth = (
-                resize_mask(read_mask(sample.mask), self.image_size) if sample.mask else np.zeros(self.image_size, bool)
-            )
+            truth = resize_mask(read_mask(sample.mask), self.image_size) if sample.mask else np.zeros(self.image_size, bool)
             mask = Mask(torch.from_numpy(truth.astype(np.uint8)))
         if self.augmentations is not None:
             image, mask = self.augmentations(image, mask) if mask is not None else (self.augmentations(image), None)

@@ -158,7 +158,9 @@ def relative_to(path: str, root: Path) -> str:
 
 def _draw(seed: int, name: str) -> int:
     """Return a number that depends on nothing but the seed and the name: it survives added and removed files."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big")
+    return int.from_bytes(
+        hashlib.blake2b(f"{seed}:{name}".encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big"
+    )
 
 
 def hold_out(table: SampleTable, fraction: float, seed: int) -> SampleTable:

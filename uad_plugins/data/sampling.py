@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -34,7 +35,11 @@ class CategorySampler(DistributedSampler[int]):
     """
 
     def __init__(
-        self, category_index: NDArray[np.integer], mode: str = NATURAL, samples_per_epoch: int | None = None, seed: int = 0
+        self,
+        category_index: NDArray[np.integer],
+        mode: str = NATURAL,
+        samples_per_epoch: int | None = None,
+        seed: int = 0,
     ) -> None:
         if mode not in {NATURAL, BALANCED}:
             raise ValueError(f"sampling is '{NATURAL}' or '{BALANCED}', not '{mode}'")
@@ -63,8 +68,10 @@ class CategorySampler(DistributedSampler[int]):
         """Take ``count`` indices from an endless sequence of permutations of the group, from position ``offset`` on."""
         first, start = divmod(offset, len(group))
         rounds = -(-(start + count) // len(group))
-        sequence = [np.random.default_rng([self.seed, len(group), int(group[0]), first + r]).permutation(group)
-                    for r in range(rounds)]
+        sequence = [
+            np.random.default_rng([self.seed, len(group), int(group[0]), first + r]).permutation(group)
+            for r in range(rounds)
+        ]
         return np.concatenate(sequence)[start : start + count]
 
     def __iter__(self) -> Iterator[int]:
@@ -105,7 +112,7 @@ class GroupedBatchSampler(BatchSampler):
         replicas, rank = _world()
         everything = [
             range(start, min(start + batch_size, end))
-            for begin, end in zip(edges[:-1], edges[1:], strict=True)
+            for begin, end in pairwise(edges)
             for start in range(begin, end, batch_size)
         ]
         self._batches = everything[rank::replicas]

@@ -24,11 +24,12 @@ Progress = Callable[[int, int], None]
 
 @dataclass
 class Picture:
-    """An example for the report: image, ground truth and heat map side by side."""
+    """A picture written: image with its ground truth beside its heat map; the examples go into the report."""
 
     category: str
     caption: str
     path: Path
+    example: bool
 
 
 @dataclass
@@ -72,7 +73,7 @@ def evaluate(
     indices = table.where(split="test").tolist()
     if not indices:
         raise UadxError(f"{table.root}: no test images", "put them into CATEGORY/test/good and CATEGORY/test/DEFECT")
-    wanted = set(indices) if all_maps else _examples(table, examples)
+    shown = _examples(table, examples)
     masked = set(table.masked_categories())
     metrics, result = CategoryMetrics(), Evaluation({})
     unreadable: dict[str, str] = {}
@@ -88,8 +89,10 @@ def evaluate(
         else:
             metrics.add(sample.category, sample.label, prediction.score, prediction.anomaly_map, mask)
         result.rows.append(_row(detector, table, index, sample, prediction, error))
-        if out is not None and index in wanted and not error:
-            result.pictures.append(_picture(detector, sample, prediction, mask, out / "maps", table.relative(index)))
+        if out is not None and (all_maps or index in shown) and not error:
+            path = _write_picture(detector, sample, prediction, mask, out / "maps" / table.relative(index))
+            caption = f"{table.relative(index)}: {verdict(prediction.score, detector.thresholds.of(sample.category))}"
+            result.pictures.append(Picture(sample.category, caption, path, index in shown))
         if progress is not None:
             progress(done, len(indices))
     if len(unreadable) >= len(indices) and all(row["verdict"] == "error" for row in result.rows):
@@ -145,20 +148,23 @@ def _row(
     }
 
 
-def _picture(
-    detector: Detector, sample: Sample, prediction: Prediction, mask: NDArray[np.bool_] | None, folder: Path, name: str
-) -> Picture:
+def _write_picture(
+    detector: Detector, sample: Sample, prediction: Prediction, mask: NDArray[np.bool_] | None, name: Path
+) -> Path:
+    """Write the image with its ground truth beside its heat map."""
     image = read_rgb(sample.path)
     assert prediction.anomaly_map is not None  # only readable images get here
     threshold = detector.thresholds.of(sample.category)
     heat = overlay(image, prediction.anomaly_map, threshold)
     judged = verdict(prediction.score, threshold)
     truth = outline(image, mask) if mask is not None and mask.any() else image
-    path = (folder / name).with_suffix(".jpg")
+    path = name.with_suffix(".jpg")
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheet = panel([label(truth, sample.defect), label(heat, f"{prediction.score / threshold:.2f} x threshold: {judged}")], 256)
+    sheet = panel(
+        [label(truth, sample.defect), label(heat, f"{prediction.score / threshold:.2f} x threshold: {judged}")], 256
+    )
     sheet.save(path, quality=88)
-    return Picture(sample.category, f"{name}: {judged}", path)
+    return path
 
 
 def _decisions(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:

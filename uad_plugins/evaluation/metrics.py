@@ -132,7 +132,12 @@ class CategoryMetrics:
         self._pixels: dict[str, PixelCurves] = {}
 
     def add(
-        self, category: str, label: int, score: float, anomaly_map: NDArray[np.float32] | None, mask: NDArray[np.bool_] | None
+        self,
+        category: str,
+        label: int,
+        score: float,
+        anomaly_map: NDArray[np.float32] | None,
+        mask: NDArray[np.bool_] | None,
     ) -> None:
         """Add an image.
 

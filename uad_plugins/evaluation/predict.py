@@ -32,7 +32,7 @@ def find_images(words: Sequence[str]) -> list[str]:
         elif path.exists() or not glob.has_magic(word):
             found[str(path)] = None
         else:
-            matches = sorted(glob.glob(str(path), recursive=True))
+            matches = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207
             for match in matches:
                 found.update(dict.fromkeys(sorted(images(Path(match))) if Path(match).is_dir() else [match]))
             if not matches:

@@ -29,7 +29,8 @@ th, td { padding: .35rem .6rem; text-align: right; border-bottom: 1px solid #e3e
 th:first-child, td:first-child { text-align: left; }
 th { font-weight: 600; color: #5b6875; font-size: .85rem; }
 tr.mean td { font-weight: 600; border-top: 2px solid #1d2733; } tr.pooled td { color: #5b6875; }
-.bar { display: inline-block; height: .55rem; background: #2f6fdd; border-radius: 2px; margin-left: .5rem; vertical-align: middle; }
+.bar { display: inline-block; height: .55rem; background: #2f6fdd; border-radius: 2px;
+  margin-left: .5rem; vertical-align: middle; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(21rem, 1fr)); gap: 1rem; }
 figure { margin: 0; } figure img { width: 100%; border-radius: 4px; display: block; }
 figcaption { color: #5b6875; font-size: .8rem; overflow-wrap: anywhere; }
@@ -98,9 +99,12 @@ def _decisions_table(report: dict[str, Any]) -> str:
     rows = ["<table><tr><th>category</th><th>threshold</th><th>good parts rejected</th><th>defective parts found</th></tr>"]
     for name, values in report["decisions"].items():
         rejected, found = (
-            "–" if values[key] is None else f"{100 * values[key]:.1f} %" for key in ("false_positive_rate", "true_positive_rate")
+            "–" if values[key] is None else f"{100 * values[key]:.1f} %"
+            for key in ("false_positive_rate", "true_positive_rate")
         )
-        rows.append(f"<tr><td>{html.escape(name)}</td><td>{values['threshold']:.4g}</td><td>{rejected}</td><td>{found}</td></tr>")
+        rows.append(
+            f"<tr><td>{html.escape(name)}</td><td>{values['threshold']:.4g}</td><td>{rejected}</td><td>{found}</td></tr>"
+        )
     return "\n".join([*rows, "</table>"])
 
 
@@ -122,7 +126,7 @@ def _mistakes(evaluation: Evaluation) -> str:
 def _pictures(evaluation: Evaluation) -> str:
     sections = []
     for category in sorted({picture.category for picture in evaluation.pictures}):
-        mine = [picture for picture in evaluation.pictures if picture.category == category][:8]
+        mine = [picture for picture in evaluation.pictures if picture.category == category and picture.example]
         figures = "".join(
             f"<figure><img alt='{html.escape(picture.caption)}' "
             f"src='data:image/jpeg;base64,{base64.b64encode(picture.path.read_bytes()).decode()}'>"

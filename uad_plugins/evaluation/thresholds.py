@@ -83,19 +83,27 @@ class Thresholds:
                 source=content["source"],
             )
         except (KeyError, TypeError) as error:
-            raise UadxError(f"thresholds are damaged or of another version: {error}", "set them anew: uadx thresholds") from error
+            raise UadxError(
+                f"thresholds are damaged or of another version: {error}", "set them anew: uadx thresholds"
+            ) from error
 
 
-def from_normal(scores: NDArray[np.floating], target_fpr: float) -> Threshold:
+PRIOR_FREEDOM = 8
+"""Weight, in degrees of freedom, of the spread common to all categories where one has few scores of its own."""
+
+
+def from_normal(scores: NDArray[np.floating], target_fpr: float, common_spread: float | None = None) -> Threshold:
     """Set a threshold from the scores of normal images alone.
 
     With at least ``1 / target_fpr - 1`` scores it is the order statistic that a new normal image exceeds with a probability
     of at most ``target_fpr`` (split-conformal prediction). With fewer no order statistic can promise that; then the scores
-    are taken as log-normal and the threshold is the upper bound of their prediction interval, wider the fewer there are.
+    are taken as log-normal and the threshold is the upper bound of their prediction interval. The spread of few scores is
+    itself uncertain, so it is moderated by the spread that the categories have in common.
 
     Args:
         scores: ``(N,)``, finite.
         target_fpr: 0..1 exclusive.
+        common_spread: Standard deviation of the log scores within categories, over all of them; None: not known.
 
     Raises:
         UadxError: There is no score.
@@ -107,12 +115,31 @@ def from_normal(scores: NDArray[np.floating], target_fpr: float) -> Threshold:
     rank = math.ceil((count + 1) * (1 - target_fpr))
     if rank <= count:
         return Threshold(float(ordered[rank - 1]), "quantile", count)
-    if count < 3 or ordered[0] <= 0:
+    freedom = count - 1 + (PRIOR_FREEDOM if common_spread is not None else 0)
+    if freedom < 2 or ordered[0] <= 0:
         return Threshold(float(ordered[-1]), "quantile", count)
     logs = np.log(ordered)
-    spread = float(logs.std(ddof=1)) * math.sqrt(1 + 1 / count)
-    bound = math.exp(float(logs.mean()) + student_quantile(1 - target_fpr, count - 1) * spread)
+    squares = float(((logs - logs.mean()) ** 2).sum()) + (
+        PRIOR_FREEDOM * common_spread**2 if common_spread is not None else 0
+    )
+    spread = math.sqrt(squares / freedom * (1 + 1 / count))
+    bound = math.exp(float(logs.mean()) + student_quantile(1 - target_fpr, freedom) * spread)
     return Threshold(max(bound, float(ordered[-1])), "lognormal", count)
+
+
+def common_log_spread(scores: NDArray[np.floating], categories: NDArray[np.str_]) -> float | None:
+    """Return the standard deviation of log scores within categories; None without two categories of two positive scores."""
+    squares, freedom, used = 0.0, 0, 0
+    for name in np.unique(categories):
+        mine = scores[categories == name]
+        if len(mine) >= 2 and bool((mine > 0).all()):
+            logs = np.log(mine)
+            squares, freedom, used = (
+                squares + float(((logs - logs.mean()) ** 2).sum()),
+                freedom + len(mine) - 1,
+                used + 1,
+            )
+    return math.sqrt(squares / freedom) if used >= 2 else None
 
 
 def student_quantile(probability: float, freedom: int) -> float:
@@ -178,18 +205,20 @@ def set_thresholds(
         raise UsageError(f"unknown threshold method '{method}'", f"use {NORMAL_FPR} or {BEST_F1}")
     if not 0 < target_fpr < 1:
         raise UsageError(f"a false-positive rate of {target_fpr} makes no sense", "it is a share: above 0, below 1")
-    names = np.asarray(categories)
+    names = np.asarray(categories, dtype=np.str_)
     usable = np.isfinite(scores)
+    normal = usable & (labels == 0)
+    spread = common_log_spread(scores[normal], names[normal]) if method == NORMAL_FPR else None
 
-    def one(chosen: NDArray[np.bool_]) -> Threshold:
+    def one(chosen: NDArray[np.bool_], common: float | None) -> Threshold:
         if method == BEST_F1:
             return best_f1(scores[chosen], labels[chosen])
-        return from_normal(scores[chosen & (labels == 0)], target_fpr)
+        return from_normal(scores[chosen & normal], target_fpr, common)
 
-    wanted = [name for name in sorted(set(categories)) if method == BEST_F1 or bool((usable & (names == name) & (labels == 0)).any())]
+    wanted = [name for name in sorted(set(categories)) if method == BEST_F1 or bool((normal & (names == name)).any())]
     return Thresholds(
-        pooled=one(usable),
-        categories={name: one(usable & (names == name)) for name in wanted},
+        pooled=one(usable, None),
+        categories={name: one(usable & (names == name), spread) for name in wanted},
         method=method,
         target_fpr=target_fpr if method == NORMAL_FPR else None,
         source=source,

@@ -19,7 +19,9 @@ from uad_plugins.models.backbones import CHECKPOINT, HUB, alias, architectures, 
 
 def classes() -> dict[str, type[AnomalibModule]]:
     """Return anomalib's image models by class name."""
-    members = {name: getattr(anomalib.models, name, None) for name in getattr(anomalib.models, "__all__", dir(anomalib.models))}
+    members = {
+        name: getattr(anomalib.models, name, None) for name in getattr(anomalib.models, "__all__", dir(anomalib.models))
+    }
     return {
         name: member
         for name, member in members.items()
@@ -105,7 +107,9 @@ def _options(cls: type[AnomalibModule], config: TrainConfig, weights: str) -> di
 
 def _fill_extractors(model: AnomalibModule, weights: str) -> None:
     """Load the chosen weights into every timm backbone of a model that was built without any."""
-    backbones = [module for module in model.modules() if isinstance(module, (FeatureListNet, FeatureDictNet, FeatureHookNet))]
+    backbones = [
+        module for module in model.modules() if isinstance(module, (FeatureListNet, FeatureDictNet, FeatureHookNet))
+    ]
     architecture = model.hparams.get("backbone")
     if not backbones or not isinstance(architecture, str):
         raise UadxError(f"{type(model).__name__} takes its weights from timm's hub alone", "use --weights hub")

@@ -163,7 +163,11 @@ def _find_file(path: Path, architecture: str) -> Path:
         raise UadxError(f"{path}: no such file or folder of backbone weights", WAYS_OUT)
     stems = (architecture, "model", "pytorch_model")
     exact = [path / f"{stem}{ending}" for stem in stems for ending in ENDINGS]
-    loose = sorted(file for file in path.iterdir() if file.suffix in ENDINGS and file.stem.startswith((f"{architecture}.", f"{architecture}-", f"{architecture}_")))
+    loose = sorted(
+        file
+        for file in path.iterdir()
+        if file.suffix in ENDINGS and file.stem.startswith((f"{architecture}.", f"{architecture}-", f"{architecture}_"))
+    )
     found = next((file for file in [*exact, *loose] if file.is_file()), None)
     if found is None:
         raise UadxError(f"{path}: no weights of {architecture}", f"expected {architecture}.safetensors or .pth; {WAYS_OUT}")
@@ -206,5 +210,7 @@ def _fill(module: nn.Module, state: Mapping[str, torch.Tensor], architecture: st
     foreign = [name for name in state if name not in whole]
     wrong = [name for name in own if name in state and own[name].shape != state[name].shape]
     if foreign or wrong:
-        raise UadxError(f"{record.origin}: weights of another architecture than {architecture} ({(wrong or foreign)[0]})", WAYS_OUT)
+        raise UadxError(
+            f"{record.origin}: weights of another architecture than {architecture} ({(wrong or foreign)[0]})", WAYS_OUT
+        )
     module.load_state_dict({n: state[n].to(own[n].dtype) if n in state else own[n] for n in own})

@@ -45,7 +45,8 @@ class AnyLayoutLoss(ReverseDistillationLoss):
     def forward(encoder_features: list[torch.Tensor], decoder_features: list[torch.Tensor]) -> torch.Tensor:
         """Return the scalar loss of two lists of features ``(B, C, H, W)``."""
         loss: torch.Tensor = ReverseDistillationLoss.forward(
-            [feature.contiguous() for feature in encoder_features], [feature.contiguous() for feature in decoder_features]
+            [feature.contiguous() for feature in encoder_features],
+            [feature.contiguous() for feature in decoder_features],
         )
         return loss
 
@@ -81,7 +82,7 @@ class ReverseDistillation(DistillationRecipe, AnomalibReverseDistillation):
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
-        pre_trained: bool = False,  # noqa: ARG002
+        pre_trained: bool = False,
     ) -> None:
         architecture = require_architecture(backbone, BACKBONES)
         if tuple(layers) != LAYERS:
@@ -112,9 +113,11 @@ class ReverseDistillation(DistillationRecipe, AnomalibReverseDistillation):
         del args, kwargs
         encoded = list(self.model.encoder(batch.image).values())
         decoded = self.model.decoder(self.model.bottleneck(encoded))
-        self.held_out_loss = sum(
-            1 - F.cosine_similarity(before.flatten(1), after.flatten(1)) for before, after in zip(encoded, decoded, strict=True)
-        )
+        losses = [
+            1 - F.cosine_similarity(before.flatten(1), after.flatten(1))
+            for before, after in zip(encoded, decoded, strict=True)
+        ]
+        self.held_out_loss = torch.stack(losses).sum(dim=0)
         anomaly_map = self.model.anomaly_map_generator(encoded, decoded)
         return batch.update(pred_score=anomaly_map.amax(dim=(-2, -1)), anomaly_map=anomaly_map)
 

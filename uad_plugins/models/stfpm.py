@@ -94,10 +94,11 @@ class Stfpm(DistillationRecipe, AnomalibStfpm):
         """Predict, and note the loss of each image in ``held_out_loss``."""
         del args, kwargs
         teacher, student = self.model.teacher_model(batch.image), self.model.student_model(batch.image)
-        self.held_out_loss = sum(
+        losses = [
             (F.normalize(teacher[layer]) - F.normalize(student[layer])).square().sum(dim=1).mean(dim=(1, 2))
             for layer in teacher
-        )
+        ]
+        self.held_out_loss = torch.stack(losses).sum(dim=0)
         anomaly_map = self.model.anomaly_map_generator(
             teacher_features=teacher, student_features=student, image_size=batch.image.shape[-2:]
         )

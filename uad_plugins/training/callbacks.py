@@ -60,7 +60,13 @@ class HeldOutLoss(Callback):
         self.metric.reset()
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Add the normal images of a batch."""
         values = getattr(pl_module, "held_out_loss", None)
@@ -85,7 +91,9 @@ class SampleCount(Callback):
     def __init__(self) -> None:
         self.seen = 0
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Count a batch."""
         self.seen += len(batch.image) * trainer.world_size
 
@@ -101,7 +109,9 @@ class SampleCount(Callback):
 class FiniteLoss(Callback):
     """Stops a training whose loss is no number any more."""
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Look at the loss of a batch."""
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if isinstance(loss, torch.Tensor) and not bool(torch.isfinite(loss).all()):
@@ -148,7 +158,9 @@ class TrainingProgress(Callback):
     def _total(trainer: Trainer) -> int:
         return int(trainer.num_training_batches) * int(trainer.max_epochs or 1)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Advance."""
         self._images += len(batch.image) * trainer.world_size
         self._batches += 1

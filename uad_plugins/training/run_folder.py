@@ -50,7 +50,8 @@ def open_folder(out: Path, *, resume: bool, overwrite: bool) -> Run:
     elif not resume:
         if run.manifest().status == "finished":
             raise UadxError(
-                f"{out}: holds a finished run", "name a new folder, or replace it with --overwrite, or train on with --resume"
+                f"{out}: holds a finished run",
+                "name a new folder, or replace it with --overwrite, or train on with --resume",
             )
         raise UadxError(f"{out}: holds an unfinished run", "continue it with --resume, or replace it with --overwrite")
     return run

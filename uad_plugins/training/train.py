@@ -25,6 +25,7 @@ from uad_plugins.data.samples import SampleTable
 from uad_plugins.detector import open_detector
 from uad_plugins.errors import UadxError
 from uad_plugins.evaluation.thresholds import set_thresholds, thresholds_from_samples
+from uad_plugins.training.arguments import check_trainer_arguments
 from uad_plugins.training.callbacks import FiniteLoss, HeldOutLoss, SampleCount, TrainingProgress
 from uad_plugins.training.checkpointing import AtomicCheckpointIO, BestAndLast
 from uad_plugins.training.run_folder import check_same_data, main_process, open_folder, resumed_config, write_start
@@ -59,6 +60,7 @@ def train(
     Raises:
         UadxError: Data, weights, folder or configuration do not allow it; see the message.
     """
+    check_trainer_arguments(config.trainer)
     run = open_folder(out, resume=resume, overwrite=overwrite)
     resuming = resume and (run.folder / "run.json").is_file()
     if resuming:
@@ -177,7 +179,9 @@ def _fit(
     }
 
 
-def _finish(run: Run, config: TrainConfig, table: SampleTable, manifest: RunManifest, fitted: dict[str, Any]) -> dict[str, Any]:
+def _finish(
+    run: Run, config: TrainConfig, table: SampleTable, manifest: RunManifest, fitted: dict[str, Any]
+) -> dict[str, Any]:
     """Set the thresholds with the checkpoint kept, and write the figures."""
     state = torch.load(run.checkpoint, map_location="cpu", weights_only=False, mmap=True)
     best_epoch = int(state.get("epoch", fitted["epochs"])) + 1
@@ -214,7 +218,13 @@ def _finish(run: Run, config: TrainConfig, table: SampleTable, manifest: RunMani
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Silence Lightning's hints and notices, which say nothing to whoever runs uadx; warnings of substance stay."""
-    names = ("lightning.pytorch", "lightning.fabric", "anomalib", "lightning.pytorch.utilities.rank_zero")
+    names = (
+        "lightning.pytorch",
+        "lightning.fabric",
+        "lightning.pytorch.utilities.rank_zero",
+        "lightning.fabric.utilities.rank_zero",
+        "anomalib",
+    )
     levels = {name: logging.getLogger(name).level for name in names}
     for name in names:
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -232,6 +242,7 @@ def quiet_libraries() -> Iterator[None]:
             ".*LeafSpec.*",
             ".*isinstance.treespec.*",
             ".*pin_memory.*",
+            ".*Trying to infer the `batch_size`.*",
         ):
             warnings.filterwarnings("ignore", message=pattern)
         try:

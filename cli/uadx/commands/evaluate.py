@@ -15,12 +15,15 @@ def evaluate(
     run: Annotated[Path, typer.Argument(help="Trained run.", metavar="RUN")],
     data: Annotated[str, typer.Argument(help="Folder of images, or index file; its test split is used.", metavar="DATA")],
     out: Annotated[
-        Path | None, typer.Option("--out", help="Folder for report.html, report.json, scores.csv and heat maps.", metavar="DIR")
+        Path | None,
+        typer.Option("--out", help="Folder for report.html, report.json, scores.csv and heat maps.", metavar="DIR"),
     ] = None,
     all_maps: Annotated[bool, typer.Option("--all-maps", help="Write the heat map of every test image.")] = False,
     layout: Annotated[str | None, typer.Option("--layout", help="Data layout; recognised by itself otherwise.")] = None,
     category: Annotated[list[str] | None, typer.Option("--category", help="This category alone (repeatable).")] = None,
-    engine: Annotated[str | None, typer.Option("--engine", help="What executes the model; chosen by itself otherwise.")] = None,
+    engine: Annotated[
+        str | None, typer.Option("--engine", help="What executes the model; chosen by itself otherwise.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Measure a run on a labelled test set, category by category."""
@@ -46,7 +49,12 @@ def evaluate(
         emit_json(report)
     else:
         rows = [
-            [name, *(figure(values.get(metric)) for metric in HEADINGS), f"{values['normal']}", f"{values['anomalous']}"]
+            [
+                name,
+                *(figure(values.get(metric)) for metric in HEADINGS),
+                f"{values['normal']}",
+                f"{values['anomalous']}",
+            ]
             for name, values in report["categories"].items()
         ]
         rows.append(["mean", *(figure(report["mean"][metric]) for metric in HEADINGS), "", ""])

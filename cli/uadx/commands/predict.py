@@ -14,9 +14,13 @@ def predict(
     run: Annotated[Path, typer.Argument(help="Trained run.", metavar="RUN")],
     paths: Annotated[list[str], typer.Argument(help="Image files, folders or globs.", metavar="PATH...")],
     category: Annotated[str | None, typer.Option("--category", help="The product shown, for its own threshold.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder for heat maps and predictions.csv.", metavar="DIR")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder for heat maps and predictions.csv.", metavar="DIR")
+    ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images scored together.")] = 16,
-    engine: Annotated[str | None, typer.Option("--engine", help="What executes the model; chosen by itself otherwise.")] = None,
+    engine: Annotated[
+        str | None, typer.Option("--engine", help="What executes the model; chosen by itself otherwise.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Find anomalies in images: score, threshold, verdict and heat map for each.
@@ -33,7 +37,12 @@ def predict(
     rows: list[dict[str, Any]] = []
     with open_detector(run, engine) as detector, counting("scoring images") as progress:
         for row in score(
-            detector, files, category=category, out=out, batch_size=batch_size, progress=lambda n: progress(n, len(files))
+            detector,
+            files,
+            category=category,
+            out=out,
+            batch_size=batch_size,
+            progress=lambda n: progress(n, len(files)),
         ):
             rows.append(row)
             if not as_json:

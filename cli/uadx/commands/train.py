@@ -14,7 +14,9 @@ from uadx.output import counting, emit_json, note, say
 
 def train(
     data: Annotated[str, typer.Argument(help="Folder of images, or index file.", metavar="DATA")],
-    assignments: Annotated[list[str] | None, typer.Argument(help="More KEY=VALUE settings.", metavar="[KEY=VALUE]...")] = None,
+    assignments: Annotated[
+        list[str] | None, typer.Argument(help="More KEY=VALUE settings.", metavar="[KEY=VALUE]...")
+    ] = None,
     model: Annotated[str | None, typer.Option("--model", help="Method: see 'uadx plugins list'; or anomalib:CLASS.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder to write the run to.", metavar="RUN")] = None,
     config: Annotated[Path | None, typer.Option("--config", help="YAML configuration.", metavar="FILE")] = None,
@@ -27,7 +29,9 @@ def train(
     epochs: Annotated[int | None, typer.Option("--epochs", help="Passes over the training images.")] = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", help="Images in a training batch.")] = None,
     layout: Annotated[str | None, typer.Option("--layout", help="Data layout; recognised by itself otherwise.")] = None,
-    category: Annotated[list[str] | None, typer.Option("--category", help="Train on this category alone (repeatable).")] = None,
+    category: Annotated[
+        list[str] | None, typer.Option("--category", help="Train on this category alone (repeatable).")
+    ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of split, order and initial weights.")] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable images out.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished run.")] = False,
@@ -63,9 +67,7 @@ def train(
     except ModuleNotFoundError as error:
         raise missing_extra("training", "train", error) from error
     with counting("verifying images") as progress:
-        metrics = run_training(
-            resolved, data, out, given=given, resume=resume, overwrite=overwrite, verifying=progress
-        )
+        metrics = run_training(resolved, data, out, given=given, resume=resume, overwrite=overwrite, verifying=progress)
     if metrics is None:
         return
     if as_json:

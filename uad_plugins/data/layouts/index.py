@@ -48,7 +48,9 @@ def scan(root: Path) -> Iterator[Sample]:
                 raise UadxError(f"{file}:{line}: no value for '{column}'", hint)
         label, split = LABELS.get(values["label"].lower()), SPLIT_NAMES.get(values["split"].lower())
         if label is None:
-            raise UadxError(f"{file}:{line}: label '{values['label']}' is not understood", "use normal or anomalous (0 or 1)")
+            raise UadxError(
+                f"{file}:{line}: label '{values['label']}' is not understood", "use normal or anomalous (0 or 1)"
+            )
         if split is None:
             raise UadxError(f"{file}:{line}: split '{values['split']}' is not understood", f"use one of {', '.join(SPLITS)}")
         mask = values.get("mask", "")
@@ -67,7 +69,10 @@ def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if file.suffix.lower() == ".csv":
             reader = csv.DictReader(handle)
             for row in reader:
-                yield reader.line_num, {str(key).strip().lower(): value for key, value in row.items() if key is not None}
+                yield (
+                    reader.line_num,
+                    {str(key).strip().lower(): value for key, value in row.items() if key is not None},
+                )
             return
         for number, text in enumerate(handle, start=1):
             if not text.strip():
@@ -77,5 +82,7 @@ def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             except json.JSONDecodeError as error:
                 raise UadxError(f"{file}:{number}: not JSON: {error.msg}", "one JSON object a line") from error
             if not isinstance(row, dict):
-                raise UadxError(f"{file}:{number}: not a JSON object", 'for example {"path": "a.png", "category": "bolt", …}')
+                raise UadxError(
+                    f"{file}:{number}: not a JSON object", 'for example {"path": "a.png", "category": "bolt", …}'
+                )
             yield number, {str(key).lower(): value for key, value in row.items()}

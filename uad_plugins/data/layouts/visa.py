@@ -55,4 +55,6 @@ def _official_split(path: Path, root: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
     with path.open(newline="", encoding="utf-8-sig") as file:
-        return {str(root / row["image"]): row["split"] for row in csv.DictReader(file) if row.get("split") in {"train", "test"}}
+        return {
+            str(root / row["image"]): row["split"] for row in csv.DictReader(file) if row.get("split") in {"train", "test"}
+        }

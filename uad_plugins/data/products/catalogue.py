@@ -145,7 +145,9 @@ class Connector(Product):
         board = 0.30 + 0.015 * smooth_noise(rng, side, 30)
         image = (board[..., None] * np.array([0.45, 1.0, 0.60])).astype(np.float32)
         pixel = 3.0 / side
-        body = soft_step((0.80 - np.abs(u)).astype(np.float32), pixel) * soft_step((0.24 - np.abs(v - 0.32)).astype(np.float32), pixel)
+        body = soft_step((0.80 - np.abs(u)).astype(np.float32), pixel) * soft_step(
+            (0.24 - np.abs(v - 0.32)).astype(np.float32), pixel
+        )
         plastic = 0.14 + 0.010 * smooth_noise(rng, side, 50) + 0.05 * np.exp(-(((v - 0.12) / 0.03) ** 2))
         image = blend(image, np.repeat(plastic[..., None], 3, axis=2).astype(np.float32), body)
         faulty = int(fault.integers(0, self.pins))

@@ -17,7 +17,7 @@ def grid(side: int) -> tuple[Array, Array]:
     """Return pixel centres ``(y, x)`` in -1..1, each ``(side, side)``."""
     axis = (np.arange(side, dtype=np.float32) + 0.5) / side * 2 - 1
     y, x = np.meshgrid(axis, axis, indexing="ij")
-    return y, x
+    return y.astype(np.float32), x.astype(np.float32)
 
 
 def smooth_noise(rng: Rng, side: int, cells: int) -> Array:
@@ -56,7 +56,7 @@ def line_weight(side: int, points: NDArray[np.floating], width: float) -> Array:
     canvas = Image.new("L", (side * scale, side * scale))
     pixels = [tuple(point) for point in ((points + 1) / 2 * side * scale).tolist()]
     ImageDraw.Draw(canvas).line(pixels, fill=255, width=max(scale, round(width * side * scale)), joint="curve")
-    return np.asarray(canvas.resize((side, side), Image.Resampling.BOX), dtype=np.float32) / 255
+    return np.asarray(canvas.resize((side, side), Image.Resampling.BOX), dtype=np.float32) / np.float32(255)
 
 
 def scratch(rng: Rng, side: int, centre: tuple[float, float], reach: float) -> Array:

@@ -43,7 +43,9 @@ def make_part(product: Product, part: int, side: int, defect: str | None) -> tup
     differs = np.abs(bad - good).max(axis=2) > VISIBLE
     # Closed and one pixel wider: an annotator would not leave holes in a defect either.
     reach = side // 32 // 2 * 2 + 3
-    closed = Image.fromarray(differs).convert("L").filter(ImageFilter.MaxFilter(reach)).filter(ImageFilter.MinFilter(reach - 2))
+    closed = (
+        Image.fromarray(differs).convert("L").filter(ImageFilter.MaxFilter(reach)).filter(ImageFilter.MinFilter(reach - 2))
+    )
     return photograph(rng, bad), np.asarray(closed) > 0
 
 
@@ -86,8 +88,11 @@ def synthesize(
         total, done = len(names) * (train + 2 * test), 0
         for name in names:
             product = PRODUCTS[name]
-            plan = [("train/good", None)] * train + [("test/good", None)] * test
-            plan += [(f"test/{defect}", defect) for defect in (product.defects[i % len(product.defects)] for i in range(test))]
+            good: list[str] = ["train/good"] * train + ["test/good"] * test
+            plan: list[tuple[str, str | None]] = [(folder, None) for folder in good]
+            plan += [
+                (f"test/{defect}", defect) for defect in (product.defects[i % len(product.defects)] for i in range(test))
+            ]
             for number, (folder, defect) in enumerate(plan):
                 part = zlib.crc32(f"{seed}:{name}:{number}".encode())
                 image, mask = make_part(product, part, side, defect)

@@ -6,6 +6,7 @@ Whatever a file holds (grey, palette, RGBA, CMYK, 16 bit, rotated by EXIF), the 
 from __future__ import annotations
 
 import os
+import struct
 import warnings
 from pathlib import Path
 
@@ -21,13 +22,16 @@ EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp
 MAX_PIXELS = 1 << 27
 """Images of more pixels (134 million) are refused before they are decoded: a small file can claim gigabytes."""
 
-FORMATS = ("PNG", "JPEG", "MPO", "BMP", "DIB", "TIFF", "WEBP")
-"""Pillow decoders that may be used: no others are tried, whatever a file claims to be."""
+FORMATS = ("PNG", "JPEG", "BMP", "DIB", "TIFF", "WEBP")
+"""Pillow decoders that may be used: no others are tried, whatever a file claims to be. JPEG opens MPO files too."""
 
 # The limit above is ours; Pillow's own warning at two thirds of it would only repeat it.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 RgbImage = NDArray[np.uint8]
+
+# What Pillow's decoders and its EXIF reader are seen to raise on damaged files.
+_DAMAGE = (OSError, ValueError, SyntaxError, EOFError, TypeError, LookupError, ArithmeticError, MemoryError, struct.error)
 
 
 class ImageError(UadxError):
@@ -49,7 +53,7 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
         image = Image.open(os.fspath(path), formats=FORMATS)
     except FileNotFoundError:
         raise ImageError(f"{path}: no such file") from None
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
+    except (Image.DecompressionBombError, *_DAMAGE) as error:
         raise ImageError(f"{path}: {_reason(path, error)}") from error
     if image.width * image.height > MAX_PIXELS:
         size = f"{image.width}x{image.height}"
@@ -70,7 +74,7 @@ def read_rgb(path: str | os.PathLike[str]) -> Image.Image:
         try:
             ImageOps.exif_transpose(image, in_place=True)
             return _to_rgb(image, path)
-        except (OSError, ValueError, SyntaxError, EOFError, IndexError, MemoryError) as error:
+        except _DAMAGE as error:
             raise ImageError(f"{path}: {_reason(path, error)}") from error
 
 
@@ -84,11 +88,11 @@ def read_mask(path: str | os.PathLike[str]) -> NDArray[np.bool_]:
         try:
             ImageOps.exif_transpose(image, in_place=True)
             if image.mode in {"P", "PA"}:
-                image = image.convert("RGB")
-            elif image.mode in {"LA", "RGBA", "La", "RGBa"}:
+                image = image.convert("RGBA")
+            if image.mode in {"LA", "RGBA", "La", "RGBa"}:
                 image = image.convert("L" if image.mode.startswith("L") else "RGB")
             pixels = np.asarray(image)
-        except (OSError, ValueError, SyntaxError, EOFError) as error:
+        except _DAMAGE as error:
             raise ImageError(f"{path}: {_reason(path, error)}") from error
     positive = np.asarray(pixels > 0)
     return np.asarray(positive.any(axis=2)) if positive.ndim == 3 else positive
@@ -120,9 +124,18 @@ def resize_mask(mask: NDArray[np.bool_], size: tuple[int, int]) -> NDArray[np.bo
 
 
 def displayed_size(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """Return ``(height, width)`` of an image as it is displayed, from its header alone."""
+    """Return ``(height, width)`` of an image as it is displayed.
+
+    The header alone is read, except of a PNG file, which may keep its orientation behind the pixels.
+
+    Raises:
+        ImageError: The file cannot be opened (see ``open_image``), or is a truncated PNG file.
+    """
     with open_image(path) as image:
-        turned = image.getexif().get(0x0112, 1) in {5, 6, 7, 8}
+        try:
+            turned = image.getexif().get(0x0112, 1) in {5, 6, 7, 8}
+        except _DAMAGE as error:
+            raise ImageError(f"{path}: {_reason(path, error)}") from error
         return (image.width, image.height) if turned else (image.height, image.width)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from typing import Annotated
 
 import typer
@@ -73,6 +74,10 @@ def main(arguments: list[str] | None = None) -> None:
     debug = "--debug" in words or bool(os.environ.get("UADX_DEBUG"))
     # Before or after the command, as one types it.
     words = [word for word in words if word != "--debug"]
+    if not debug:
+        # Libraries warn their developers, at import already, of what users can do nothing about.
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
     try:
         add_plugin_commands(app)
         app(args=words, prog_name="uadx")

@@ -7,13 +7,17 @@ public ``register_model``, a second name for an architecture whose ``pretrained=
 from __future__ import annotations
 
 import hashlib
+import os
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+import huggingface_hub
 import timm
 import torch
 from torch import nn
@@ -140,7 +144,26 @@ def load_backbone(module: nn.Module, architecture: str, source: str) -> WeightsR
     return record
 
 
+def _require_hub(architecture: str) -> None:
+    """Fail at once where the hub cannot be reached and has not been cached: its client would retry for a minute."""
+    identifier = (timm.get_pretrained_cfg(architecture) or timm.models.PretrainedCfg()).hf_hub_id
+    proxied = any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"))
+    host = urlsplit(huggingface_hub.constants.ENDPOINT).hostname
+    if not identifier or proxied or host is None:
+        return
+    cached = (
+        huggingface_hub.try_to_load_from_cache(identifier, name) for name in ("model.safetensors", "pytorch_model.bin")
+    )
+    if any(isinstance(path, str) for path in cached):
+        return
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError as error:
+        raise UadxError(f"weights of {architecture} cannot be fetched: no network ({host})", WAYS_OUT) from error
+
+
 def _from_hub(architecture: str) -> tuple[dict[str, torch.Tensor], WeightsRecord]:
+    _require_hub(architecture)
     try:
         model = timm.create_model(architecture, pretrained=True)
     except Exception as error:

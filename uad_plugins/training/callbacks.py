@@ -77,7 +77,8 @@ class HeldOutLoss(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the mean over categories."""
-        means = self.metric.compute()
+        # torchmetrics makes a single category a scalar.
+        means = self.metric.compute().reshape(-1)
         known = means[~torch.isnan(means)]
         value = known.mean() if len(known) else torch.tensor(float("nan"), device=pl_module.device)
         self.latest = {n: float(v) for n, v in zip(self.categories, means, strict=True) if not math.isnan(float(v))}

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import time
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,6 +25,7 @@ from uad_plugins.evaluation.thresholds import set_thresholds, thresholds_from_sa
 from uad_plugins.training.arguments import check_trainer_arguments
 from uad_plugins.training.callbacks import FiniteLoss, HeldOutLoss, SampleCount, TrainingProgress
 from uad_plugins.training.checkpointing import AtomicCheckpointIO, BestAndLast
+from uad_plugins.training.quiet import quiet_libraries
 from uad_plugins.training.run_folder import check_same_data, main_process, open_folder, resumed_config, write_start
 
 
@@ -213,40 +211,3 @@ def _finish(
     write_json(run.metrics_file, metrics)
     run.write_manifest(manifest)
     return metrics
-
-
-@contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Silence Lightning's hints and notices, which say nothing to whoever runs uadx; warnings of substance stay."""
-    names = (
-        "lightning.pytorch",
-        "lightning.fabric",
-        "lightning.pytorch.utilities.rank_zero",
-        "lightning.fabric.utilities.rank_zero",
-        "anomalib",
-    )
-    levels = {name: logging.getLogger(name).level for name in names}
-    for name in names:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        for pattern in (
-            ".*does not have many workers.*",
-            ".*Checkpoint directory .* exists and is not empty.*",
-            ".*number of training batches.*smaller than the logging interval.*",
-            ".*The dirpath has changed.*",
-            ".*torch.jit.*",
-            ".*no positive samples.*",
-            ".*does not contain any anomalous.*",
-            ".*found 0 .*in.*eval mode.*",
-            ".*Found .* module.*in eval mode.*",
-            ".*LeafSpec.*",
-            ".*isinstance.treespec.*",
-            ".*pin_memory.*",
-            ".*Trying to infer the `batch_size`.*",
-        ):
-            warnings.filterwarnings("ignore", message=pattern)
-        try:
-            yield
-        finally:
-            for name, level in levels.items():
-                logging.getLogger(name).setLevel(level)

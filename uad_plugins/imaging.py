@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 from uad_plugins.errors import UadxError
 
@@ -136,7 +137,10 @@ def displayed_size(path: str | os.PathLike[str]) -> tuple[int, int]:
             turned = image.getexif().get(0x0112, 1) in {5, 6, 7, 8}
         except _DAMAGE as error:
             raise ImageError(f"{path}: {_reason(path, error)}") from error
-        return (image.width, image.height) if turned else (image.height, image.width)
+        # Pillow turns the size of a TIFF file by itself, and of no other: only what is stored is the same everywhere.
+        stored = (image.tag_v2[256], image.tag_v2[257]) if isinstance(image, TiffImageFile) else image.size
+        width, height = reversed(stored) if turned else stored
+        return height, width
 
 
 def _to_rgb(image: Image.Image, path: str | os.PathLike[str]) -> Image.Image:

@@ -173,11 +173,12 @@ def check_data(table: SampleTable, progress: Progress | None = None) -> DataRepo
     reports = {name: CategoryReport() for name in table.categories}
     problems: list[Problem] = []
     seen: dict[str, list[int]] = defaultdict(list)
+    masked = set(table.masked_categories())
     with _pool() as pool:
         for index, facts in enumerate(_in_order(pool, _inspect, table)):
             sample = table[index]
             _count(reports[sample.category], sample, facts)
-            problems.extend(_problems_of(table, index, sample, facts))
+            problems.extend(_problems_of(table, index, facts, masked))
             if facts.digest:
                 seen[facts.digest].append(index)
             if progress is not None:
@@ -200,15 +201,15 @@ def _count(report: CategoryReport, sample: Sample, facts: _Facts) -> None:
             counts[key] = counts.get(key, 0) + 1
 
 
-def _problems_of(table: SampleTable, index: int, sample: Sample, facts: _Facts) -> Iterator[Problem]:
-    path = table.relative(index)
+def _problems_of(table: SampleTable, index: int, facts: _Facts, masked: set[str]) -> Iterator[Problem]:
+    sample, path = table[index], table.relative(index)
     if facts.problem:
         yield Problem(WARNING if sample.split == "test" else ERROR, "unreadable", path, facts.problem)
     if sample.split == "train" and sample.label == ANOMALOUS:
         yield Problem(ERROR, "anomalous-in-training", path, "anomalous image in the training split")
     if facts.mask_problem and facts.mask_problem[1]:
         yield Problem(WARNING, facts.mask_problem[0], relative_to(sample.mask, table.root), facts.mask_problem[1])
-    if sample.label == ANOMALOUS and not sample.mask and sample.category in table.masked_categories():
+    if sample.label == ANOMALOUS and not sample.mask and sample.category in masked:
         yield Problem(WARNING, "mask-missing", path, "anomalous image without a mask in a category with masks")
 
 
@@ -242,13 +243,15 @@ def _category_problems(table: SampleTable) -> Iterator[Problem]:
 
 
 def _orphan_masks(table: SampleTable) -> Iterator[Problem]:
-    """Find files in mask folders that belong to no image."""
+    """Find files that belong to no image in the mask folders of the table's categories."""
     used = set(table.masks)
     pictures = set(table.paths)
+    image_folders = {Path(path).parent for path in pictures}
+    homes = image_folders.union(*(folder.parents for folder in image_folders))
     places: set[Path] = set()
     for folder, names, _files in os.walk(table.root):
         names[:] = [name for name in names if not name.startswith(".")]
-        places |= {Path(folder) / name for name in names if name.lower() in MASK_FOLDERS}
+        places |= {Path(folder) / name for name in names if name.lower() in MASK_FOLDERS and Path(folder) in homes}
     for place in sorted(places):
         for path in sorted(images(place)):
             if path not in used and path not in pictures:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from torch.utils.data import BatchSampler, DistributedSampler
+from torch.utils.data import BatchSampler, DistributedSampler, Sampler
 
 NATURAL, BALANCED = "natural", "balanced"
 
@@ -104,9 +104,14 @@ class GroupedBatchSampler(BatchSampler):
     Args:
         groups: int ``(N,)``; a batch ends where the value changes.
         batch_size: Largest number of samples in a batch.
+        sampler: Not used. Lightning, for predictions and wherever several processes share a loader, makes the batch sampler
+            anew with a sampler of its own and refuses one that does not take it.
+        drop_last: Not used, for the same reason: no sample is ever left out.
     """
 
-    def __init__(self, groups: NDArray[np.integer], batch_size: int) -> None:
+    def __init__(
+        self, groups: NDArray[np.integer], batch_size: int, sampler: Sampler[int] | None = None, drop_last: bool = False
+    ) -> None:
         super().__init__(torch.utils.data.SequentialSampler(range(len(groups))), batch_size, drop_last=False)
         edges = [0, *(np.flatnonzero(np.diff(groups)) + 1).tolist(), len(groups)]
         replicas, rank = _world()

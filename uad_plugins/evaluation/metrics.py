@@ -96,7 +96,7 @@ def _area_up_to(x: torch.Tensor, y: torch.Tensor, limit: float) -> torch.Tensor:
     if inside < len(x):
         x0, x1, y0, y1 = x[inside - 1], x[inside], y[inside - 1], y[inside]
         at_limit = y0 + (y1 - y0) * (limit - x0) / (x1 - x0)
-        x, y = torch.cat([x[:inside], torch.tensor([limit])]), torch.cat([y[:inside], at_limit[None]])
+        x, y = torch.cat([x[:inside], torch.tensor([limit], dtype=x.dtype)]), torch.cat([y[:inside], at_limit[None]])
     return auc(x, y) / limit
 
 

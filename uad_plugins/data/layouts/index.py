@@ -6,7 +6,7 @@ import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from uad_plugins.data.samples import ANOMALOUS, NORMAL, SPLITS, Sample
 from uad_plugins.errors import UadxError, nearest
@@ -65,24 +65,27 @@ def scan(root: Path) -> Iterator[Sample]:
 
 
 def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with file.open(newline="", encoding="utf-8-sig") as handle:
-        if file.suffix.lower() == ".csv":
-            reader = csv.DictReader(handle)
-            for row in reader:
-                yield (
-                    reader.line_num,
-                    {str(key).strip().lower(): value for key, value in row.items() if key is not None},
-                )
-            return
-        for number, text in enumerate(handle, start=1):
-            if not text.strip():
-                continue
-            try:
-                row = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise UadxError(f"{file}:{number}: not JSON: {error.msg}", "one JSON object a line") from error
-            if not isinstance(row, dict):
-                raise UadxError(
-                    f"{file}:{number}: not a JSON object", 'for example {"path": "a.png", "category": "bolt", …}'
-                )
-            yield number, {str(key).lower(): value for key, value in row.items()}
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as handle:
+            yield from _csv_rows(handle) if file.suffix.lower() == ".csv" else _json_rows(file, handle)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UadxError(f"{file}: cannot be read: {error}", "save it as UTF-8 text") from error
+
+
+def _csv_rows(handle: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
+    reader = csv.DictReader(handle)
+    for row in reader:
+        yield reader.line_num, {str(key).strip().lower(): value for key, value in row.items() if key is not None}
+
+
+def _json_rows(file: Path, handle: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, text in enumerate(handle, start=1):
+        if not text.strip():
+            continue
+        try:
+            row = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UadxError(f"{file}:{number}: not JSON: {error.msg}", "one JSON object a line") from error
+        if not isinstance(row, dict):
+            raise UadxError(f"{file}:{number}: not a JSON object", 'for example {"path": "a.png", "category": "bolt", …}')
+        yield number, {str(key).lower(): value for key, value in row.items()}

@@ -71,7 +71,7 @@ def synthesize(
         progress: Called with images done and images in all.
 
     Raises:
-        UadxError: The folder exists and is not empty.
+        UadxError: The folder exists and is not empty, or is a file.
         UsageError: Unknown product, or a number that makes no sense.
     """
     names = list(products or PRODUCTS)
@@ -80,8 +80,8 @@ def synthesize(
             raise unknown_name("product", name, PRODUCTS)
     if side < 32 or train < 2 or test < 0:
         raise UsageError("a synthetic data set needs a side of at least 32 pixels and 2 training images a product")
-    if out.exists() and any(out.iterdir()):
-        raise UadxError(f"{out}: exists and is not empty", "name a new folder")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UadxError(f"{out}: exists and is not an empty folder", "name a new folder")
     out.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:

@@ -1,0 +1,78 @@
+"""Pictures and data sets that the tests share."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from uad_plugins.data.products.synthesis import synthesize
+
+SIZE = (20, 16)
+
+
+@pytest.fixture(scope="session")
+def products(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The synthetic products, small: 10 training images of each, 4 good and 4 defective test images. Not to be changed."""
+    return synthesize(tmp_path_factory.mktemp("synthetic") / "products", side=64, train=10, test=4)
+
+
+def _picture(path: Path, seed: str | None = None, size: tuple[int, int] = SIZE) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The name is the seed, so that no two pictures of a test are alike unless it asks for it.
+    rng = np.random.default_rng(zlib.crc32((seed or path.as_posix()).encode()))
+    pixels = rng.integers(0, 256, (size[1], size[0], 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def _mask(path: Path, marked: bool = True, size: tuple[int, int] = SIZE) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.zeros((size[1], size[0]), dtype=np.uint8)
+    pixels[2:6, 3:9] = 255 * marked
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def _mvtec(root: Path, category: str, train: int = 4, good: int = 2, bad: int = 2, masks: bool = True) -> Path:
+    for number in range(train):
+        _picture(root / category / "train" / "good" / f"{number:03d}.png")
+    for number in range(good):
+        _picture(root / category / "test" / "good" / f"{number:03d}.png")
+    for number in range(bad):
+        _picture(root / category / "test" / "crack" / f"{number:03d}.png")
+        if masks:
+            _mask(root / category / "ground_truth" / "crack" / f"{number:03d}_mask.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def picture() -> Callable[..., Path]:
+    """Write a picture of noise: ``picture(path, seed=None, size=(width, height))``."""
+    return _picture
+
+
+@pytest.fixture(scope="session")
+def mask() -> Callable[..., Path]:
+    """Write a mask: ``mask(path, marked=True, size=(width, height))``."""
+    return _mask
+
+
+@pytest.fixture(scope="session")
+def mvtec() -> Callable[..., Path]:
+    """Write one category in MVTec layout: ``mvtec(root, category, train=4, good=2, bad=2, masks=True)``."""
+    return _mvtec
+
+
+@pytest.fixture(scope="session")
+def trained(products: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of STFPM on the products, trained for two epochs at 64 pixels. Not to be changed."""
+    from runs import small_run
+
+    out = tmp_path_factory.mktemp("runs") / "stfpm"
+    small_run(products, out)
+    return out

@@ -1,0 +1,129 @@
+"""Merging and checking the configuration."""
+
+import pytest
+import yaml
+
+from uad_plugins.config import (
+    TrainConfig,
+    from_assignments,
+    from_environment,
+    keys,
+    merge,
+    parse_value,
+    recipe_path,
+    resolve,
+    to_yaml,
+    validate,
+)
+from uad_plugins.errors import UadxError, UsageError
+
+RECIPES = sorted(path.stem for path in recipe_path("stfpm").parent.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_that_ships_is_valid(name):
+    config = resolve(file=recipe_path(name), environment={})
+    assert validate(yaml.safe_load(to_yaml(config))) == config
+
+
+def test_the_published_recipes_are_the_defaults_of_their_methods():
+    stfpm = resolve(flags={"model": {"name": "stfpm"}}, environment={})
+    assert (stfpm.optimizer.name, stfpm.optimizer.lr, stfpm.optimizer.momentum) == ("sgd", 0.4, 0.9)
+    assert (stfpm.optimizer.weight_decay, stfpm.data.train_batch_size, stfpm.trainer["max_epochs"]) == (1e-4, 32, 398)
+    reverse = resolve(flags={"model": {"name": "reverse_distillation"}}, environment={})
+    assert (reverse.model.backbone, reverse.optimizer.name, reverse.optimizer.lr) == ("wide_resnet50_2", "adam", 5e-3)
+    assert (reverse.optimizer.betas, reverse.optimizer.weight_decay) == ((0.5, 0.999), 1e-5)
+    assert (reverse.data.train_batch_size, reverse.trainer["max_epochs"]) == (16, 200)
+
+
+def test_later_sources_win(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("optimizer: {lr: 0.2, momentum: 0.5, weight_decay: 0.01}\nseed: 1\n")
+    environment = {"UADX_TRAIN__OPTIMIZER__LR": "0.3", "UADX_TRAIN__SEED": "2", "HOME": "/"}
+    config = resolve(file=file, flags={"seed": 3}, environment=environment)
+    # schema < recipe < file < environment < flags
+    assert config.data.val_fraction == 0.1
+    assert config.data.train_batch_size == 32
+    assert config.optimizer.momentum == 0.5
+    assert config.optimizer.lr == 0.3
+    assert config.seed == 3
+
+
+@pytest.mark.parametrize(
+    ("tree", "message", "hint"),
+    [
+        ({"optimizer": {"lrr": 1}}, "unknown configuration key 'optimizer.lrr'", "did you mean 'optimizer.lr'?"),
+        ({"optimiser": {"lr": 1}}, "unknown configuration key 'optimiser'", "did you mean"),
+        ({"data": {"size": 64}}, "unknown configuration key 'data.size'", "data.image_size"),
+        ({"data": {"image_size": 8}}, "data.image_size: must be at least 32 pixels", "given: 8"),
+        ({"data": {"val_fraction": 1}}, "data.val_fraction: Input should be less than 1", "given: 1"),
+        ({"model": {"name": "stpm"}}, "unknown model 'stpm'", "did you mean 'stfpm'?"),
+        ({"model": {"options": {"alpha": 1}}}, "unknown configuration key 'model.options.alpha'", "known keys"),
+    ],
+)
+def test_wrong_configuration_is_one_line_with_a_way_out(tree, message, hint):
+    with pytest.raises(UsageError) as error:
+        resolve(flags=tree, environment={})
+    assert error.value.message == message
+    assert hint in error.value.hint
+    assert error.value.exit_code == 2
+
+
+def test_unknown_environment_keys_are_refused():
+    with pytest.raises(UsageError, match="unknown configuration key 'data.imagesize'"):
+        resolve(environment={"UADX_TRAIN__DATA__IMAGESIZE": "64"})
+
+
+def test_assignments_are_read_as_yaml():
+    words = ["a.b=1", "a.c=[1, 2]", "d=true", "e=1e-4", "f=text with = sign", "g=null"]
+    assert from_assignments(words) == {
+        "a": {"b": 1, "c": [1, 2]},
+        "d": True,
+        "e": 1e-4,
+        "f": "text with = sign",
+        "g": None,
+    }
+    assert from_environment({"UADX_TRAIN__A__B_C": "2", "UADX_STRICT_PLUGINS": "1"}) == {"a": {"b_c": 2}}
+    assert parse_value("[unclosed") == "[unclosed"
+
+
+@pytest.mark.parametrize("word", ["lr", "=1"])
+def test_an_assignment_without_a_key_or_a_value_is_refused(word):
+    with pytest.raises(UsageError, match="is not KEY=VALUE"):
+        from_assignments([word])
+
+
+def test_a_value_cannot_also_be_a_section():
+    with pytest.raises(UsageError, match="'seed' already has a value"):
+        from_assignments(["seed=1", "seed.more=2"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("a: [", "not a YAML file"), ("- 1\n- 2\n", "expected sections"), (None, "no such configuration file")],
+)
+def test_unreadable_files_are_named(tmp_path, content, message):
+    file = tmp_path / "c.yaml"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(UadxError, match=message) as error:
+        resolve(file=file)
+    assert str(file) in error.value.message
+
+
+def test_merging_leaves_its_sources_alone():
+    base, over = {"a": {"b": 1, "c": 2}}, {"a": {"b": 3}, "d": 4}
+    assert merge(base, over) == {"a": {"b": 3, "c": 2}, "d": 4}
+    assert (base, over) == ({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}, "d": 4})
+
+
+def test_every_key_has_a_description():
+    def undescribed(schema, prefix=""):
+        for name, field in schema.model_fields.items():
+            if hasattr(field.annotation, "model_fields"):
+                yield from undescribed(field.annotation, f"{prefix}{name}.")
+            elif not field.description:
+                yield f"{prefix}{name}"
+
+    assert list(undescribed(TrainConfig)) == []
+    assert "data.image_size" in set(keys(TrainConfig))

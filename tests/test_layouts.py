@@ -1,0 +1,330 @@
+"""Layouts: which files are samples, what they are, and how the row or folder that is wrong gets named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from uad_plugins.data.layouts import recognise, scan
+from uad_plugins.data.samples import Sample, relative_to
+from uad_plugins.errors import UadxError, UsageError
+
+
+@pytest.fixture(autouse=True)
+def no_image_is_opened(monkeypatch):
+    """Indexing lists folders: every test here holds without opening a single image."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError(f"opened an image: {args}")
+
+    monkeypatch.setattr(Image, "open", refuse)
+
+
+def touch(root, *paths):
+    for path in paths:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).touch()
+
+
+def rows(table):
+    """The table as readable rows: (path, category, label, split, mask, defect)."""
+    return [
+        (table.relative(i), s.category, s.label, s.split, relative_to(s.mask, table.root), s.defect)
+        for i, s in enumerate(table)
+    ]
+
+
+MVTEC = [
+    "bolt/train/good/000.png",
+    "bolt/test/good/000.PNG",
+    "bolt/test/crack/000.jpg",
+    "bolt/test/crack/001.png",
+    "bolt/ground_truth/crack/000_mask.png",
+    "bolt/ground_truth/crack/001.png",
+    "nut/train/good/a.png",
+    "nut/test/bent/a.png",
+]
+
+
+def test_mvtec_reads_splits_labels_and_masks_of_mixed_categories(tmp_path):
+    touch(tmp_path, *MVTEC)
+    assert rows(scan(tmp_path)) == [
+        ("bolt/test/crack/000.jpg", "bolt", 1, "test", "bolt/ground_truth/crack/000_mask.png", "crack"),
+        ("bolt/test/crack/001.png", "bolt", 1, "test", "bolt/ground_truth/crack/001.png", "crack"),
+        ("bolt/test/good/000.PNG", "bolt", 0, "test", "", "good"),
+        ("bolt/train/good/000.png", "bolt", 0, "train", "", "good"),
+        ("nut/test/bent/a.png", "nut", 1, "test", "", "bent"),
+        ("nut/train/good/a.png", "nut", 0, "train", "", "good"),
+    ]
+    assert scan(tmp_path).masked_categories() == ["bolt"]
+
+
+def test_a_single_mvtec_category_may_be_the_root(tmp_path):
+    touch(tmp_path, *MVTEC)
+    assert rows(scan(tmp_path / "nut")) == [
+        ("test/bent/a.png", "nut", 1, "test", "", "bent"),
+        ("train/good/a.png", "nut", 0, "train", "", "good"),
+    ]
+
+
+@pytest.mark.parametrize("name", ["val", "validation", "Val"])
+def test_mvtec_reads_a_validation_split_where_there_is_one(tmp_path, name):
+    touch(tmp_path, "bolt/train/ok/a.png", f"bolt/{name}/ok/b.png", "bolt/test/ok/c.png")
+    assert [(s.split, s.label, s.defect) for s in scan(tmp_path)] == [
+        (split, 0, "good") for split in sorted(["train", "test", "val"], key=lambda s: {"val": name}.get(s, s))
+    ]
+
+
+def test_images_in_deeper_folders_find_their_masks(tmp_path):
+    touch(tmp_path, "bolt/train/good/a.png", "bolt/test/crack/day1/a.png", "bolt/ground_truth/crack/day1/a_mask.png")
+    assert rows(scan(tmp_path))[0] == (
+        "bolt/test/crack/day1/a.png", "bolt", 1, "test", "bolt/ground_truth/crack/day1/a_mask.png", "crack",
+    )  # fmt: skip
+
+
+VISA = [
+    *(f"candle/Data/Images/Normal/{n:04d}.JPG" for n in range(40)),
+    "candle/Data/Images/Anomaly/000.JPG",
+    "candle/Data/Images/Anomaly/001.JPG",
+    "candle/Data/Masks/Anomaly/000.png",
+]
+
+
+# Written out: these choices may never change between versions, or a test image turns into a training image.
+VISA_TESTED = (2, 10, 14, 18, 19, 23, 26, 29, 31, 38, 39)
+FOLDER_TESTED = (6, 10, 13, 19, 25, 38)
+
+
+def test_visa_follows_its_official_split(tmp_path):
+    touch(tmp_path, *VISA)
+    listed = {path: "test" if "Anomaly" in path or path.endswith(("0.JPG", "5.JPG")) else "train" for path in VISA[:-1]}
+    (tmp_path / "split_csv").mkdir()
+    lines = ["object,split,label,image,mask", *(f"candle,{split},x,{path}," for path, split in listed.items())]
+    (tmp_path / "split_csv" / "1cls.csv").write_text("\n".join(lines))
+    table = scan(tmp_path)
+    assert {table.relative(i): s.split for i, s in enumerate(table)} == listed
+    assert rows(table)[:2] == [
+        (VISA[-3], "candle", 1, "test", VISA[-1], "anomaly"),
+        (VISA[-2], "candle", 1, "test", "", "anomaly"),
+    ]
+
+
+@pytest.mark.parametrize("root", [".", "candle"])
+def test_visa_without_a_split_tests_on_a_share_chosen_by_name(tmp_path, root):
+    touch(tmp_path, *VISA)
+    table = scan(tmp_path / root)
+    tested = [Path(s.path).name for s in table if s.split == "test" and s.label == 0]
+    assert tested == [f"{n:04d}.JPG" for n in VISA_TESTED]
+    assert {s.split for s in table if s.label == 1} == {"test"}
+
+
+FOLDER = [
+    *(f"bolt/good/{n:03d}.png" for n in range(40)),
+    "bolt/crack/000.png",
+    "bolt/bent/000.png",
+    "bolt/masks/crack/000.png",
+    "bolt/masks/bent/000_gt.png",
+    "nut/OK/a.png",
+    "nut/NG/a.png",
+    "nut/Mask/a_mask.png",
+]
+
+
+def test_plain_folders_with_masks_by_defect_or_flat(tmp_path):
+    touch(tmp_path, *FOLDER)
+    table = scan(tmp_path)
+    assert [row for row in rows(table) if row[2] == 1] == [
+        ("bolt/bent/000.png", "bolt", 1, "test", "bolt/masks/bent/000_gt.png", "bent"),
+        ("bolt/crack/000.png", "bolt", 1, "test", "bolt/masks/crack/000.png", "crack"),
+        ("nut/NG/a.png", "nut", 1, "test", "nut/Mask/a_mask.png", "NG"),
+    ]
+    assert [Path(s.path).name for s in table if s.category == "bolt" and s.split == "test" and s.label == 0] == [
+        f"{n:03d}.png" for n in FOLDER_TESTED
+    ]
+    assert {s.defect for s in table if s.label == 0} == {"good"}
+
+
+def test_one_plain_folder_category_may_be_the_root_and_is_split_the_same(tmp_path):
+    touch(tmp_path, *FOLDER)
+    whole, alone = scan(tmp_path, categories=["bolt"]), scan(tmp_path / "bolt")
+    assert list(alone) == list(whole)
+
+
+INDEX = [
+    {"path": "img/a b.png", "category": "schräg", "split": "training", "label": "good"},
+    {"path": "img/c.png", "category": "schräg", "split": "Valid", "label": "0"},
+    {"path": "img/d.png", "category": "bolt", "split": "test", "label": "NG", "mask": "gt/d.png", "defect": "crack"},
+    {"path": "img/e.png", "category": "bolt", "split": "TEST", "label": "defective"},
+]
+INDEXED = [
+    ("img/d.png", "bolt", 1, "test", "gt/d.png", "crack"),
+    ("img/e.png", "bolt", 1, "test", "", "anomalous"),
+    ("img/a b.png", "schräg", 0, "train", "", "good"),
+    ("img/c.png", "schräg", 0, "val", "", "good"),
+]
+
+
+def write_index(file, entries):
+    if file.suffix == ".csv":
+        columns = list(dict.fromkeys(key for entry in entries for key in entry))
+        lines = [",".join(columns), *(",".join(str(entry.get(key, "")) for key in columns) for entry in entries)]
+    else:
+        lines = [json.dumps(entry, ensure_ascii=False) for entry in entries]
+    file.write_text("\n\n".join(lines) if file.suffix != ".csv" else "\n".join(lines), encoding="utf-8-sig")
+    return file
+
+
+@pytest.mark.parametrize("name", ["index.csv", "index.jsonl", "index.ndjson", "other.csv"])
+def test_an_index_file_names_the_samples(tmp_path, name):
+    file = write_index(tmp_path / name, INDEX)
+    assert rows(scan(file)) == INDEXED
+    if name.startswith("index"):
+        assert rows(scan(tmp_path)) == INDEXED
+
+
+def test_json_truth_values_are_labels(tmp_path):
+    entries = [dict(INDEX[0], path=f"{value}.png", label=value) for value in (False, True, 0, 1)]
+    assert [(s.label) for s in scan(write_index(tmp_path / "index.jsonl", entries))] == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("change", "problem", "hint"),
+    [
+        ({"label": "maybe"}, "label 'maybe' is not understood", "use normal or anomalous (0 or 1)"),
+        ({"split": "holdout"}, "split 'holdout' is not understood", "use one of train, val, test"),
+        ({"category": " "}, "no value for 'category'", "columns: path, category, split, label, mask, defect"),
+    ],
+)
+@pytest.mark.parametrize("name", ["index.csv", "index.jsonl"])
+def test_a_bad_index_row_is_named_by_file_and_line(tmp_path, name, change, problem, hint):
+    file = write_index(tmp_path / name, [*INDEX[:2], {**INDEX[2], **change}])
+    line = 4 if name == "index.csv" else 5
+    with pytest.raises(UadxError) as error:
+        scan(tmp_path)
+    assert (error.value.message, error.value.hint) == (f"{file}:{line}: {problem}", hint)
+
+
+def test_a_misspelt_index_column_is_found(tmp_path):
+    file = tmp_path / "index.csv"
+    file.write_text("path,kategory,split,label\na.png,bolt,train,0\n")
+    with pytest.raises(UadxError) as error:
+        scan(file)
+    assert (error.value.message, error.value.hint) == (f"{file}:2: no value for 'category'", "found 'kategory'")
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [('{"path": "a.png"', "not JSON: Expecting ',' delimiter"), ('["a.png"]', "not a JSON object")],
+)
+def test_a_line_that_is_no_json_object_is_named(tmp_path, text, problem):
+    file = write_index(tmp_path / "index.jsonl", INDEX[:1])
+    file.write_text(file.read_text(encoding="utf-8") + "\n" + text, encoding="utf-8")
+    with pytest.raises(UadxError) as error:
+        scan(file)
+    assert error.value.message == f"{file}:2: {problem}"
+
+
+@pytest.mark.parametrize("name", ["index.csv", "index.jsonl"])
+def test_an_index_that_is_not_utf8_is_named(tmp_path, name):
+    file = tmp_path / name
+    file.write_bytes("path,category,split,label\ngerät.png,bolt,train,0\n".encode("latin-1"))
+    with pytest.raises(UadxError) as error:
+        scan(file)
+    assert error.value.message.startswith(f"{file}: cannot be read: 'utf-8' codec can't decode byte 0xe4")
+    assert error.value.hint == "save it as UTF-8 text"
+
+
+@pytest.mark.parametrize(
+    ("files", "layout"),
+    [
+        (MVTEC, "mvtec"),
+        (["bolt/test/crack/a.png"], "mvtec"),
+        (VISA, "visa"),
+        (FOLDER, "folder"),
+        ([*FOLDER, "index.csv"], "index"),
+    ],
+)
+def test_the_layout_is_recognised(tmp_path, files, layout):
+    touch(tmp_path, *files)
+    assert recognise(tmp_path).name == layout
+
+
+@pytest.mark.parametrize("files", [[], ["a.png"], ["bolt/a.png"], [".good/a.png"]])
+def test_folders_without_a_known_layout_are_refused(tmp_path, files):
+    touch(tmp_path, *files)
+    with pytest.raises(UadxError) as error:
+        scan(tmp_path)
+    assert error.value.message == f"{tmp_path}: no known layout of images"
+    for name in ("folder: CATEGORY/{good,", "index: a file index.csv", "mvtec: CATEGORY/train", "visa: CATEGORY/Data"):
+        assert name in error.value.hint
+
+
+def test_a_layout_without_any_image_is_refused(tmp_path):
+    touch(tmp_path, "bolt/train/good/notes.txt")
+    with pytest.raises(UadxError) as error:
+        scan(tmp_path)
+    assert error.value.message == f"{tmp_path}: no image found for layout 'mvtec'"
+
+
+def test_a_missing_root_is_refused(tmp_path):
+    with pytest.raises(UadxError) as error:
+        scan(tmp_path / "nowhere")
+    assert error.value.message == f"{tmp_path / 'nowhere'}: no such file or folder"
+
+
+def test_an_unknown_layout_or_category_suggests_the_nearest(tmp_path):
+    touch(tmp_path, *MVTEC)
+    with pytest.raises(UsageError) as error:
+        scan(tmp_path, layout="mvtek")
+    assert error.value.message == "unknown layout 'mvtek'"
+    assert error.value.hint.startswith("did you mean 'mvtec'? known: ")
+    with pytest.raises(UsageError) as error:
+        scan(tmp_path, categories=["bolt", "nutt"])
+    assert (error.value.message, error.value.hint) == ("unknown category 'nutt'", "did you mean 'nut'? known: bolt, nut")
+
+
+def test_categories_restrict_what_is_indexed(tmp_path):
+    touch(tmp_path, *MVTEC)
+    assert scan(tmp_path, categories=["nut"]).categories == ["nut"]
+
+
+def test_a_relative_root_gives_absolute_paths(tmp_path, monkeypatch):
+    touch(tmp_path, *MVTEC)
+    monkeypatch.chdir(tmp_path)
+    assert list(scan("bolt")) == list(scan(tmp_path / "bolt"))
+
+
+def test_the_home_folder_may_be_abbreviated(tmp_path, monkeypatch):
+    touch(tmp_path, *MVTEC)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert scan("~/nut")[0].path == str(tmp_path / "nut/test/bent/a.png")
+
+
+def test_unicode_and_blanks_in_names_survive(tmp_path):
+    root = tmp_path / "Daten 2 – Prüfung"
+    train, test, mask = "Öse 1/train/good/Nr. 1.png", "Öse 1/test/Riß/日本 1.png", "Öse 1/ground_truth/Riß/日本 1_mask.png"
+    touch(root, train, test, mask)
+    assert rows(scan(root)) == [(test, "Öse 1", 1, "test", mask, "Riß"), (train, "Öse 1", 0, "train", "", "good")]
+
+
+def test_hidden_files_and_folders_and_other_files_are_ignored(tmp_path):
+    touch(tmp_path, *MVTEC)
+    expected = rows(scan(tmp_path))
+    touch(tmp_path, "bolt/train/good/._000.png", "bolt/train/good/.cache/x.png", ".git/train/good/x.png")
+    touch(tmp_path, "bolt/train/good/Thumbs.db", "bolt/test/.crack/x.png", "bolt/ground_truth/crack/._000_mask.png")
+    assert rows(scan(tmp_path)) == expected
+
+
+def test_samples_are_absolute_and_complete(tmp_path):
+    touch(tmp_path, *MVTEC)
+    assert scan(tmp_path)[0] == Sample(
+        path=str(tmp_path / "bolt/test/crack/000.jpg"),
+        category="bolt",
+        label=1,
+        split="test",
+        mask=str(tmp_path / "bolt/ground_truth/crack/000_mask.png"),
+        defect="crack",
+    )

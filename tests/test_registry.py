@@ -1,0 +1,151 @@
+"""Finding plugins, isolating broken ones, and looking them up."""
+
+import importlib.metadata
+import sys
+import types
+
+import pytest
+
+from uad_plugins import registry as module
+from uad_plugins.errors import UadxError, UsageError
+from uad_plugins.hookspecs import LayoutPlugin, hookimpl
+
+
+def layout(name):
+    return LayoutPlugin(name, "a layout", lambda root: 0.0, lambda root: [])
+
+
+class FakePoint:
+    """An entry point of a distribution that is not installed."""
+
+    def __init__(self, name, loaded, distribution="acme-uadx"):
+        self.name = name
+        self.loaded = loaded
+        self.dist = types.SimpleNamespace(name=distribution, version="3.1")
+
+    def load(self):
+        if isinstance(self.loaded, Exception):
+            raise self.loaded
+        return self.loaded
+
+
+def plugin(**hooks):
+    """A module with hook implementations."""
+    made = types.ModuleType("fake_plugin")
+    for name, function in hooks.items():
+        setattr(made, name, hookimpl(function))
+    return made
+
+
+@pytest.fixture
+def install(monkeypatch):
+    points = []
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: points if group == "uadx.plugins" else [])
+    return points.append
+
+
+def test_the_built_in_plugins_come_through_the_same_hooks(install):
+    loaded = module.load()
+    assert loaded.names("layout") == ["folder", "index", "mvtec", "visa"]
+    assert loaded.names("model") == ["anomalib", "reverse_distillation", "stfpm"]
+    assert loaded.names("runtime") == ["torch"]
+    assert {entry.distribution for entry in loaded.entries.values()} == {"uadx"}
+
+
+def test_a_third_party_plugin_is_found_with_its_distribution(install):
+    install(FakePoint("acme", plugin(uadx_register_layouts=lambda: [layout("acme")])))
+    entry = module.load().entries["layout", "acme"]
+    assert (entry.distribution, entry.version, entry.plugin) == ("acme-uadx", "3.1", "acme")
+
+
+@pytest.mark.parametrize(
+    ("loaded", "reason"),
+    [
+        (ImportError("no module named acme"), "ImportError: no module named acme"),
+        (plugin(uadx_register_layouts=lambda: 1 / 0), "ZeroDivisionError: division by zero"),
+        (plugin(uadx_register_layouts=lambda: ["mvtec"]), "TypeError: uadx_register_layouts returned str, expected LayoutPlugin"),
+        (plugin(uadx_register_layout=lambda: []), "unknown hook 'uadx_register_layout'"),
+    ],
+)
+def test_a_broken_plugin_is_isolated_with_its_reason(install, loaded, reason):
+    install(FakePoint("acme", loaded))
+    install(FakePoint("sound", plugin(uadx_register_layouts=lambda: [layout("sound")])))
+    found = module.load()
+    assert [(broken.name, broken.distribution) for broken in found.broken] == [("acme", "acme-uadx")]
+    assert found.broken[0].reason.startswith(reason)
+    assert "sound" in found.names("layout")
+
+
+def test_half_a_registration_is_undone(install):
+    def models():
+        raise RuntimeError("too late")
+
+    install(FakePoint("acme", plugin(uadx_register_layouts=lambda: [layout("acme")], uadx_register_runtimes=models)))
+    assert "acme" not in module.load().names("layout")
+
+
+def test_a_clash_names_both_owners(install):
+    install(FakePoint("acme", plugin(uadx_register_layouts=lambda: [layout("mvtec")])))
+    (broken,) = module.load().broken
+    assert broken.reason == (
+        "layout 'mvtec' is registered twice: by uad_plugins.data.plugin (uadx) and by acme (acme-uadx)"
+    )
+
+
+def test_asking_for_something_of_a_broken_plugin_gives_its_reason(install):
+    install(FakePoint("acme", ImportError("no module named acme")))
+    with pytest.raises(UsageError) as error:
+        module.load().get("layout", "acme")
+    assert "acme: ImportError: no module named acme" in error.value.hint
+
+
+def test_an_unknown_name_is_answered_with_the_nearest_and_with_what_exists(install):
+    with pytest.raises(UsageError) as error:
+        module.load().get("layout", "mvtek")
+    assert error.value.message == "unknown layout 'mvtek'"
+    assert error.value.hint == "did you mean 'mvtec'? known: folder, index, mvtec, visa"
+
+
+@pytest.mark.parametrize(
+    ("selection", "expected"),
+    [(None, ["one", "two"]), ("", []), ("one", ["one"]), ("acme-uadx", ["one"]), ("one, two", ["one", "two"])],
+)
+def test_the_environment_narrows_the_set(install, monkeypatch, selection, expected):
+    install(FakePoint("one", plugin(uadx_register_layouts=lambda: [layout("one")])))
+    install(FakePoint("two", plugin(uadx_register_layouts=lambda: [layout("two")]), "other"))
+    if selection is None:
+        monkeypatch.delenv("UADX_LOAD_PLUGINS", raising=False)
+    else:
+        monkeypatch.setenv("UADX_LOAD_PLUGINS", selection)
+    names = module.load().names("layout")
+    assert [name for name in ("one", "two") if name in names] == expected
+
+
+def test_a_module_that_is_not_installed_can_be_named(install, monkeypatch):
+    monkeypatch.setitem(sys.modules, "site_layouts", plugin(uadx_register_layouts=lambda: [layout("site")]))
+    assert "site" in module.load(selection="site_layouts").names("layout")
+
+
+def test_a_name_that_is_nothing_is_listed_as_broken(install):
+    (broken,) = module.load(selection="no_such_module_at_all").broken
+    assert (broken.name, broken.reason) == ("no_such_module_at_all", "ModuleNotFoundError: No module named 'no_such_module_at_all'")
+
+
+@pytest.mark.parametrize("switch", ["argument", "environment"])
+def test_the_strict_switch_raises(install, monkeypatch, switch):
+    install(FakePoint("acme", ImportError("gone")))
+    if switch == "environment":
+        monkeypatch.setenv("UADX_STRICT_PLUGINS", "1")
+    with pytest.raises(UadxError, match="plugin 'acme' failed to load: ImportError: gone"):
+        module.load(strict=True if switch == "argument" else None)
+
+
+def test_a_failure_is_said_once_on_stderr(install, capsys):
+    install(FakePoint("acme", ImportError("gone")))
+    module.registry.cache_clear()
+    try:
+        module.registry()
+        module.registry()
+    finally:
+        module.registry.cache_clear()
+    assert capsys.readouterr().err == "uadx: plugin 'acme' was left out: ImportError: gone (see 'uadx plugins list')\n"

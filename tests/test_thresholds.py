@@ -1,0 +1,112 @@
+"""Decision thresholds."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from uad_plugins.errors import UadxError, UsageError
+from uad_plugins.evaluation.thresholds import (
+    Threshold,
+    Thresholds,
+    best_f1,
+    common_log_spread,
+    from_normal,
+    set_thresholds,
+    student_quantile,
+)
+
+
+@pytest.mark.parametrize(("count", "rank"), [(99, 99), (199, 198), (1000, 991)])
+def test_enough_scores_give_the_conformal_order_statistic(count, rank):
+    scores = np.random.default_rng(0).permutation(np.arange(1.0, count + 1))
+    assert from_normal(scores, 0.01) == Threshold(float(rank), "quantile", count)
+
+
+def test_the_promised_rate_holds_on_fresh_scores():
+    rng = np.random.default_rng(1)
+    rates = [float((rng.lognormal(size=2000) > from_normal(rng.lognormal(size=150), 0.05).value).mean()) for _ in range(200)]
+    assert 0.035 < np.mean(rates) < 0.051
+
+
+def test_few_scores_give_the_bound_of_a_log_normal_prediction_interval():
+    logs = np.array([0.1, 0.4, 0.2, 0.9, 0.5])
+    found = from_normal(np.exp(logs), 0.01)
+    expected = math.exp(logs.mean() + stats.t.ppf(0.99, 4) * logs.std(ddof=1) * math.sqrt(1 + 1 / 5))
+    assert found.how == "lognormal"
+    assert found.value == pytest.approx(expected, rel=2e-3)
+
+
+def test_few_scores_of_log_normal_parts_keep_the_rate():
+    rng = np.random.default_rng(2)
+    rates = [stats.lognorm.sf(from_normal(rng.lognormal(size=12), 0.01).value, 1) for _ in range(3000)]
+    assert np.mean(rates) == pytest.approx(0.01, abs=0.003)
+
+
+def test_a_common_spread_tames_an_outlier():
+    tight = np.exp(np.random.default_rng(3).normal(0, 0.2, (4, 8)))
+    outlier = np.append(np.exp(np.random.default_rng(4).normal(0, 0.2, 7)), 30.0)
+    names = np.repeat(np.array(["a", "b", "c", "d"]), 8)
+    spread = common_log_spread(tight.ravel(), names)
+    assert spread == pytest.approx(0.2, abs=0.06)
+    assert from_normal(outlier, 0.01, spread).value < from_normal(outlier, 0.01).value
+    assert from_normal(outlier, 0.01, spread).value >= 30.0
+
+
+@pytest.mark.parametrize("scores", [[1.0, 2.0], [-1.0, 0.5, 2.0], [2.0]])
+def test_scores_that_no_log_normal_fits_give_their_maximum(scores):
+    assert from_normal(np.array(scores), 0.01) == Threshold(2.0, "quantile", len(scores))
+
+
+def test_no_score_is_an_error():
+    with pytest.raises(UadxError, match="no normal image"):
+        from_normal(np.array([]), 0.01)
+
+
+@pytest.mark.parametrize("freedom", [4, 9, 30])
+@pytest.mark.parametrize("probability", [0.9, 0.95, 0.99])
+def test_the_quantile_of_students_t(probability, freedom):
+    assert student_quantile(probability, freedom) == pytest.approx(stats.t.ppf(probability, freedom), rel=2e-3)
+
+
+def test_best_f1_lies_between_the_scores_on_its_two_sides():
+    found = best_f1(np.array([0.1, 0.2, 0.3, 0.6, 0.8]), np.array([0, 0, 0, 1, 1]))
+    assert found == Threshold(pytest.approx(0.45), "f1", 3, 2)
+
+
+def test_best_f1_takes_ties_whole():
+    scores, labels = np.array([0.5, 0.5, 0.5, 0.1]), np.array([1, 0, 1, 0])
+    assert best_f1(scores, labels).value == pytest.approx(0.3)
+
+
+def test_best_f1_needs_both_classes():
+    with pytest.raises(UadxError, match="normal and anomalous"):
+        best_f1(np.array([0.5]), np.array([0]))
+
+
+def test_thresholds_are_set_for_each_category_and_pooled():
+    scores = np.array([1.0, 2.0, 3.0, 10.0, 20.0, 30.0, np.nan, 99.0])
+    labels = np.array([0, 0, 0, 0, 0, 0, 0, 1])
+    found = set_thresholds(scores, labels, ["a"] * 3 + ["b"] * 4 + ["c"], target_fpr=0.4, source="here")
+    assert {name: (t.value, t.normal) for name, t in found.categories.items()} == {"a": (3.0, 3), "b": (30.0, 3)}
+    assert found.pooled == Threshold(20.0, "quantile", 6)
+    assert (found.of("a"), found.of("c"), found.of(None)) == (3.0, 20.0, 20.0)
+    assert (found.method, found.target_fpr, found.source) == ("normal-fpr", 0.4, "here")
+
+
+def test_they_survive_being_written_down():
+    found = set_thresholds(np.arange(1.0, 200), np.zeros(199, int), ["a"] * 199, source="x")
+    assert Thresholds.from_dict(found.as_dict()) == found
+
+
+@pytest.mark.parametrize("content", [{}, {"schema": "uadx.thresholds/9"}, {"schema": "uadx.thresholds/1", "pooled": {}}])
+def test_damaged_thresholds_are_refused(content):
+    with pytest.raises(UadxError, match="damaged or of another version"):
+        Thresholds.from_dict(content)
+
+
+@pytest.mark.parametrize("options", [{"method": "guess"}, {"target_fpr": 0.0}, {"target_fpr": 1.5}])
+def test_senseless_requests_are_refused(options):
+    with pytest.raises(UsageError):
+        set_thresholds(np.ones(3), np.zeros(3, int), ["a"] * 3, source="x", **options)

@@ -1,0 +1,223 @@
+"""Training to a run on disk: what it holds, what it refuses, and that the same seed gives the same scores."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from runs import small_config, small_run
+
+from uad_plugins.artifacts import Run, read_json, sha256_of
+from uad_plugins.data.layouts import scan
+from uad_plugins.data.samples import hold_out
+from uad_plugins.detector import open_detector
+from uad_plugins.errors import UadxError, UsageError
+from uad_plugins.training.run_folder import open_folder, resumed_config
+from uad_plugins.training.train import train
+
+
+def test_the_run_holds_all_that_later_verbs_need(trained):
+    names = {path.name for path in trained.iterdir()}
+    expected = {"run.json", "config.yaml", "model.ckpt", "last.ckpt", "thresholds.json", "metrics.json", "skipped.json", "logs"}
+    assert names == expected
+    manifest = Run.open(trained).manifest()
+    assert (manifest.status, manifest.model, manifest.image_size) == ("finished", "stfpm", (64, 64))
+    assert manifest.categories == ["connector", "fabric", "washer"]
+    assert manifest.data["counts"]["fabric"] == {"train": 9, "val": 1, "test": 8}
+    assert manifest.weights["source"] == "bundled"
+    assert len(manifest.weights["sha256"]) == 64
+    assert manifest.checkpoint_sha256 == sha256_of(trained / "model.ckpt")
+    assert {"torch", "anomalib", "lightning", "timm", "numpy", "pillow", "python"} <= set(manifest.versions)
+
+
+def test_the_resolved_configuration_trains_the_same(trained):
+    config = yaml.safe_load((trained / "config.yaml").read_text())
+    assert (config["optimizer"]["lr"], config["data"]["image_size"], config["trainer"]["max_epochs"]) == (1.0, 64, 2)
+    assert Run(trained).config() == small_config()
+
+
+def test_both_logs_are_written(trained):
+    (table,) = (trained / "logs" / "csv").rglob("metrics.csv")
+    heading = table.read_text().splitlines()[0].split(",")
+    assert {"epoch", "step", "val_loss", "train_loss_epoch"} <= set(heading)
+    assert list((trained / "logs" / "tensorboard").rglob("events.out.tfevents.*"))
+
+
+def test_metrics_say_what_was_done(trained):
+    metrics = read_json(trained / "metrics.json")
+    assert (metrics["epochs"], metrics["samples_seen"], metrics["processes"]) == (2, 54, 1)
+    assert metrics["best_epoch"] in {1, 2}
+    assert set(metrics["val_loss_per_category"]) == {"connector", "fabric", "washer"}
+    assert np.mean(list(metrics["val_loss_per_category"].values())) >= metrics["best_val_loss"] - 1e-6
+
+
+def test_the_checkpoint_kept_is_the_best_by_held_out_images(products, tmp_path):
+    # Steps so large that the second epoch is worse than the first.
+    over = {"optimizer": {"lr": 1e-3, "schedule": "constant", "warmup": 0.0}, "trainer": {"max_epochs": 3}}
+    metrics = small_run(products, tmp_path / "run", over)
+    (table,) = (tmp_path / "run" / "logs" / "csv").rglob("metrics.csv")
+    rows = [line.split(",") for line in table.read_text().splitlines()]
+    column = rows[0].index("val_loss")
+    losses = [float(row[column]) for row in rows[1:] if row[column]]
+    assert len(losses) == 3
+    assert metrics["best_val_loss"] == pytest.approx(min(losses), rel=1e-4)
+    assert metrics["best_epoch"] == int(np.argmin(losses)) + 1
+
+
+def test_same_seed_same_scores(products, trained, tmp_path):
+    small_run(products, tmp_path / "again")
+    small_run(products, tmp_path / "other", {"seed": 1})
+    paths = [sample.path for sample in scan(products) if sample.split == "test"][:6]
+    scores = {}
+    for name, folder in (("first", trained), ("again", tmp_path / "again"), ("other", tmp_path / "other")):
+        with open_detector(folder) as detector:
+            scores[name] = [prediction.score for prediction in detector.stream(paths)]
+    assert scores["first"] == scores["again"]
+    assert scores["first"] != scores["other"]
+
+
+def test_thresholds_come_from_held_out_normal_images_alone(products, trained):
+    stored = read_json(trained / "thresholds.json")
+    assert stored["source"] == "3 normal images held out from training"
+    assert (stored["method"], stored["target_fpr"]) == ("normal-fpr", 0.01)
+    held_out = hold_out(scan(products), 0.1, 0)
+    with open_detector(trained) as detector:
+        for category in held_out.categories:
+            (index,) = held_out.where(split="val", category=category)
+            (prediction,) = detector.stream([held_out.paths[int(index)]])
+            assert stored["categories"][category]["value"] >= prediction.score * (1 - 1e-6)
+            assert stored["categories"][category]["normal"] == 1
+
+
+def test_best_f1_is_taken_where_labelled_validation_images_are_given(products, tmp_path):
+    rows = []
+    for number, sample in enumerate(scan(products)):
+        split = "val" if sample.split == "test" and number % 2 else sample.split
+        rows.append({"path": sample.path, "category": sample.category, "split": split, "label": sample.label})
+    # Each category keeps good validation images, so that nothing is held out from training.
+    (tmp_path / "index.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    small_run(tmp_path, tmp_path / "run", {"thresholds": {"method": "best-f1"}, "trainer": {"max_epochs": 1}})
+    stored = read_json(tmp_path / "run" / "thresholds.json")
+    assert (stored["method"], stored["target_fpr"]) == ("best-f1", None)
+    assert stored["source"] == "12 labelled images held out from training"
+    assert stored["pooled"]["anomalous"] == 6
+
+
+@pytest.mark.parametrize(
+    ("over", "message"),
+    [
+        ({"trainer": {"max_epoch": 2}}, "unknown configuration key 'trainer.max_epoch'"),
+        ({"trainer": {"max_epochs": 0}}, "must be a whole number of at least 1"),
+        ({"trainer": {"callbacks": []}}, "trainer.callbacks is set by uadx itself"),
+        ({"model": {"weights": "nowhere.pth"}}, "no such file or folder of backbone weights"),
+        ({"model": {"backbone": "resnet19"}}, "unknown backbone 'resnet19'"),
+        ({"data": {"categories": ["fabrik"]}}, "unknown category 'fabrik'"),
+        ({"data": {"layout": "mvtek"}}, "unknown layout 'mvtek'"),
+    ],
+)
+def test_wrong_requests_leave_nothing_behind(products, tmp_path, over, message):
+    with pytest.raises(UadxError, match=message):
+        small_run(products, tmp_path / "run", over)
+    assert not any((tmp_path / "run").glob("*")) if (tmp_path / "run").exists() else True
+
+
+@pytest.fixture
+def damaged(products, tmp_path):
+    data = shutil.copytree(products, tmp_path / "data")
+    victim = sorted((data / "fabric" / "train" / "good").iterdir())[3]
+    victim.write_bytes(victim.read_bytes()[:200])
+    return data, victim
+
+
+def test_an_unreadable_image_stops_training_before_it_starts(damaged, tmp_path):
+    data, victim = damaged
+    with pytest.raises(UadxError) as error:
+        small_run(data, tmp_path / "run")
+    assert error.value.message.startswith(f"{victim}: cannot be decoded")
+    assert "--skip-bad" in error.value.hint
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_unreadable_images_can_be_left_out_and_are_recorded(damaged, tmp_path):
+    data, victim = damaged
+    metrics = small_run(data, tmp_path / "run", {"data": {"skip_bad": True}, "trainer": {"max_epochs": 1}})
+    assert list(read_json(tmp_path / "run" / "skipped.json")) == [str(victim)]
+    assert Run(tmp_path / "run").manifest().data["skipped"] == 1
+    assert metrics["samples_seen"] == 26
+
+
+def test_a_loss_that_is_no_number_stops_training(products, tmp_path):
+    with pytest.raises(UadxError, match="the loss became nan|the loss became inf") as error:
+        small_run(products, tmp_path / "run", {"optimizer": {"name": "adam", "lr": 1e30, "schedule": "constant"}})
+    assert "lower optimizer.lr" in error.value.hint
+
+
+def test_a_finished_run_is_not_overwritten_unasked(products, trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    before = sha256_of(run / "model.ckpt")
+    with pytest.raises(UadxError, match="holds a finished run"):
+        small_run(products, run)
+    assert sha256_of(run / "model.ckpt") == before
+    small_run(products, run, {"seed": 5, "trainer": {"max_epochs": 1}}, overwrite=True)
+    assert sha256_of(run / "model.ckpt") != before
+
+
+def test_a_foreign_folder_is_not_touched(products, tmp_path):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.txt").write_text("years of work")
+    for options in ({}, {"resume": True}, {"overwrite": True}):
+        with pytest.raises(UadxError, match="is not empty and holds no run"):
+            open_folder(tmp_path / "precious", **{"resume": False, "overwrite": False, **options})
+    assert (tmp_path / "precious" / "thesis.txt").read_text() == "years of work"
+    with pytest.raises(UsageError, match="contradict"):
+        open_folder(tmp_path / "new", resume=True, overwrite=True)
+
+
+def test_a_finished_run_can_be_trained_on(products, trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    metrics = train(small_config(), products, run, given={"trainer": {"max_epochs": 4}}, resume=True, interactive=False)
+    assert (metrics["epochs"], metrics["samples_seen"]) == (4, 108)
+
+
+def test_a_resumed_training_keeps_its_configuration(trained):
+    run = Run(trained)
+    given = {"optimizer": {"lr": 0.5}}
+    with pytest.raises(UsageError, match=r"optimizer\.lr is 1\.0, not 0\.5"):
+        resumed_config(run, given, small_config(given))
+    more = resumed_config(run, {"trainer": {"max_epochs": 9}}, small_config({"optimizer": {"lr": 7.0}}))
+    assert (more.trainer["max_epochs"], more.optimizer.lr) == (9, 1.0)
+
+
+def test_a_resumed_training_refuses_other_data(products, trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    data = shutil.copytree(products, tmp_path / "data")
+    Image.new("RGB", (64, 64)).save(data / "fabric" / "train" / "good" / "new.png")
+    with pytest.raises(UadxError, match="the data is not what this training began with"):
+        small_run(data, run, resume=True)
+
+
+def test_a_damaged_checkpoint_is_named(trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    content = (run / "model.ckpt").read_bytes()
+    (run / "model.ckpt").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UadxError, match="model.ckpt: cannot be read"):
+        open_detector(run)
+
+
+def test_a_run_of_a_newer_schema_is_refused(trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    manifest = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**manifest, "schema": "uadx.run/99"}))
+    with pytest.raises(UadxError, match="schema 'uadx.run/99' is not known"):
+        open_detector(run)
+
+
+def test_the_checkpoint_is_safe_to_load(trained):
+    from anomalib.utils.serialization import anomalib_safe_globals
+
+    with anomalib_safe_globals():
+        state = torch.load(trained / "model.ckpt", map_location="cpu", weights_only=True)
+    assert state["hyper_parameters"]["backbone"] == "resnet18"

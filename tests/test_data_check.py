@@ -70,13 +70,12 @@ def test_an_unreadable_test_image_is_a_warning(bolt):
 
 
 def test_an_anomalous_training_image_is_an_error(bolt, picture):
-    picture(bolt / "bolt/train/crack/000.png")
-    assert problems(bolt) == [
-        Problem(ERROR, "anomalous-in-training", "bolt/train/crack/000.png", "anomalous image in the training split"),
-        Problem(
-            WARNING, "mask-size", "bolt/ground_truth/crack/000_mask.png", "mask is 9x9, its image 20x16"
-        ),
-    ][:1]  # fmt: skip
+    picture(bolt / "bolt/train/bent/000.png")
+    report = check_data(scan(bolt))
+    assert [p for p in report.problems if p.severity == ERROR] == [
+        Problem(ERROR, "anomalous-in-training", "bolt/train/bent/000.png", "anomalous image in the training split")
+    ]
+    assert report.trainable is False
 
 
 @pytest.mark.parametrize(
@@ -93,13 +92,13 @@ def test_a_bad_mask_is_a_warning(bolt, mask, damage, kind, message):
 
 
 def test_an_empty_mask_of_a_normal_image_is_no_problem(tmp_path, picture, mask):
-    for number in range(20):
+    for number in range(21):
         picture(tmp_path / f"{number}.png")
     mask(tmp_path / "truth.png", marked=False)
     lines = [
         "path,category,split,label,mask",
-        *(f"{n}.png,bolt,train,0," for n in range(19)),
-        "19.png,bolt,test,0,truth.png",
+        *(f"{n}.png,bolt,train,0," for n in range(20)),
+        "20.png,bolt,test,0,truth.png",
     ]
     (tmp_path / "index.csv").write_text("\n".join(lines))
     assert problems(tmp_path) == []
@@ -204,6 +203,14 @@ def test_more_images_than_are_decoded_at_a_time_keep_their_reasons(tmp_path, pic
     found = unreadable(paths, len(paths), lambda done, total: calls.append((done, total)))
     assert found == {paths[number]: "empty file" for number in (3, 70, 99)}
     assert calls == [(done, 100) for done in range(1, 101)]
+
+
+def test_findings_stay_with_their_images_beyond_those_decoded_at_a_time(tmp_path, mvtec):
+    mvtec(tmp_path, "bolt", train=100)
+    bad = [f"bolt/train/good/{number:03d}.png" for number in (5, 66, 99)]
+    for name in bad:
+        truncate(tmp_path / name)
+    assert [(p.kind, p.path) for p in problems(tmp_path)] == [("unreadable", name) for name in bad]
 
 
 @pytest.mark.parametrize(("bad", "more"), [(["000"], ""), (["000", "002", "003"], " (and 2 more)")])

@@ -37,6 +37,10 @@ def open_folder(out: Path, *, resume: bool, overwrite: bool) -> Run:
         return run
     if run.folder.exists() and not run.folder.is_dir():
         raise UadxError(f"{out}: is a file", "name a folder for the run")
+    if run.folder.exists():
+        # What a killed training was writing; it never got its name.
+        for leftover in run.folder.glob(".*.part"):
+            leftover.unlink()
     if not run.folder.exists() or not any(run.folder.iterdir()):
         run.folder.mkdir(parents=True, exist_ok=True)
         return run

@@ -1,0 +1,42 @@
+"""Training on two CPU processes with Lightning's own strategies."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.slow
+def test_two_processes_see_the_same_number_of_samples_and_gather_their_metrics(products, tmp_path):
+    results = {}
+    for devices in (1, 2):
+        out = tmp_path / f"run{devices}"
+        command = [sys.executable, "-m", "uadx", "train", str(products), "--model", "stfpm", "--weights", "bundled"]
+        command += ["--image-size", "64", "--epochs", "2", "--out", str(out), "--json", "--batch-size", str(8 // devices)]
+        command += ["--set", "trainer.accelerator=cpu", f"trainer.devices={devices}", "data.val_fraction=0.34"]
+        command += ["optimizer.lr=1.0"]
+        if devices > 1:
+            command += ["trainer.strategy=ddp"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+        assert done.returncode == 0, done.stderr
+        results[devices] = json.loads(done.stdout)
+        evaluated = subprocess.run(
+            [sys.executable, "-m", "uadx", "evaluate", str(out), str(products), "--json"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert evaluated.returncode == 0, evaluated.stderr
+        results[devices]["report"] = json.loads(evaluated.stdout)
+    one, two = results[1], results[2]
+    assert (one["processes"], two["processes"]) == (1, 2)
+    # 21 training images: two processes round up to 11 each.
+    assert (one["samples_seen"], two["samples_seen"]) == (42, 44)
+    # The held-out loss is gathered over both: every category is there, at the same order of magnitude.
+    assert set(one["val_loss_per_category"]) == set(two["val_loss_per_category"]) == {"connector", "fabric", "washer"}
+    assert two["best_val_loss"] == pytest.approx(one["best_val_loss"], rel=0.25)
+    assert two["report"]["pooled"]["normal"] == one["report"]["pooled"]["normal"] == 12

@@ -1,0 +1,122 @@
+"""Killed trainings: nothing half-written is read, and resuming ends where an unbroken training does."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from runs import small_config, small_run
+
+from uad_plugins.artifacts import Run, atomic_path, read_json, write_text
+from uad_plugins.detector import open_detector
+from uad_plugins.errors import UadxError
+from uad_plugins.training.checkpointing import AtomicCheckpointIO
+from uad_plugins.training.train import train
+
+EPOCHS = {"trainer": {"max_epochs": 4}}
+
+
+def scores_of(run, data):
+    with open_detector(run) as detector:
+        paths = sorted(str(path) for path in (data / "washer" / "test").rglob("*.png"))
+        return [prediction.score for prediction in detector.stream(paths)]
+
+
+class Killed(BaseException):
+    """Stands for the process going away: nothing of ours catches it."""
+
+
+@pytest.fixture(scope="module")
+def unbroken(products, tmp_path_factory):
+    out = tmp_path_factory.mktemp("unbroken") / "run"
+    metrics = small_run(products, out, EPOCHS)
+    return out, metrics
+
+
+@pytest.mark.parametrize("write", [1, 2, 3, 4, 5, 6, 7])
+def test_killed_while_a_checkpoint_is_written(products, unbroken, tmp_path, monkeypatch, write):
+    """The n-th write of a checkpoint is cut in the middle; best and last are written in turn."""
+    count = 0
+    whole = AtomicCheckpointIO.save_checkpoint
+
+    def cut(self, checkpoint, path, storage_options=None):
+        nonlocal count
+        count += 1
+        if count == write:
+            with atomic_path(Path(path)) as temporary:
+                temporary.write_bytes(b"half a check")
+                raise Killed
+        whole(self, checkpoint, path, storage_options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(AtomicCheckpointIO, "save_checkpoint", cut)
+        with pytest.raises(Killed):
+            small_run(products, tmp_path / "run", EPOCHS)
+    with pytest.raises(UadxError, match="not finished"):
+        Run.open(tmp_path / "run")
+    metrics = small_run(products, tmp_path / "run", EPOCHS, resume=True)
+    out, expected = unbroken
+    assert metrics["epochs"] == 4
+    assert metrics["samples_seen"] == expected["samples_seen"]
+    assert scores_of(tmp_path / "run", products) == pytest.approx(scores_of(out, products), rel=1e-4)
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "file.txt"
+    write_text(target, "old")
+    with pytest.raises(Killed), atomic_path(target) as temporary:
+        temporary.write_text("ne")
+        raise Killed
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_an_unfinished_run_asks_to_be_resumed(products, trained, tmp_path):
+    run = Run(shutil.copytree(trained, tmp_path / "run"))
+    run.write_manifest(run.manifest().model_copy(update={"status": "training"}))
+    with pytest.raises(UadxError, match="holds an unfinished run") as error:
+        small_run(products, run.folder)
+    assert "--resume" in error.value.hint
+
+
+def test_killed_before_the_first_checkpoint(products, unbroken, tmp_path):
+    """There is a manifest and nothing to resume from: training begins anew."""
+    out, _ = unbroken
+    run = Run(tmp_path / "run")
+    run.folder.mkdir()
+    shutil.copy(out / "config.yaml", run.folder)
+    run.write_manifest(Run(out).manifest().model_copy(update={"status": "training"}))
+    train(small_config(EPOCHS), products, run.folder, resume=True, interactive=False)
+    assert scores_of(run.folder, products) == scores_of(out, products)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay", [0.0, 0.4, 1.1])
+def test_sigkill_at_any_moment(products, tmp_path, delay):
+    """A real process, killed for real; then the same command with --resume."""
+    command = [sys.executable, "-m", "uadx", "train", str(products), "--model", "stfpm", "--weights", "bundled"]
+    command += ["--image-size", "64", "--epochs", "60", "--batch-size", "8", "--out", str(tmp_path / "run")]
+    command += ["--set", "trainer.accelerator=cpu", "--set", "optimizer.schedule=cosine"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "last.ckpt").exists():
+        assert process.poll() is None, process.stderr.read().decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(delay)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stderr.close()
+    assert Run(tmp_path / "run").manifest().status == "training"
+    finished = subprocess.run([*command, "--resume"], env=environment, capture_output=True, text=True, timeout=240)
+    assert finished.returncode == 0, finished.stderr
+    metrics = read_json(tmp_path / "run" / "metrics.json")
+    assert metrics["epochs"] == 60
+    assert metrics["samples_seen"] == 60 * 27
+    expected = small_run(products, tmp_path / "unbroken", {"trainer": {"max_epochs": 60}, "optimizer": {"lr": 0.4}})
+    assert metrics["best_val_loss"] == pytest.approx(expected["best_val_loss"], rel=0.05)

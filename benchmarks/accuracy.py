@@ -125,7 +125,13 @@ def main():
                         results |= found
                         seconds += took
                         losses.append(loss)
-                    row = {"key": key, "seconds": seconds, "val_loss": losses, "mean": mean_over(results), "categories": results}
+                    row = {
+                        "key": key,
+                        "seconds": seconds,
+                        "val_loss": losses,
+                        "mean": mean_over(results),
+                        "categories": results,
+                    }
                     with log.open("a") as file:
                         file.write(json.dumps(row) + "\n")
                     auroc = {name: round(values["image_auroc"], 3) for name, values in results.items()}

@@ -55,7 +55,9 @@ def test_weights_come_from_a_file_or_the_folder_it_lies_in(tmp_path, whole, name
     assert torch.equal(module.state_dict()["layer2.0.conv1.weight"], whole["layer2.0.conv1.weight"])
 
 
-@pytest.mark.parametrize("wrapped", [lambda s: {"state_dict": s}, lambda s: {"model": {f"module.{k}": v for k, v in s.items()}}])
+@pytest.mark.parametrize(
+    "wrapped", [lambda s: {"state_dict": s}, lambda s: {"model": {f"module.{k}": v for k, v in s.items()}}]
+)
 def test_the_usual_wrappings_are_understood(tmp_path, whole, wrapped):
     torch.save(wrapped(whole), tmp_path / "w.pth")
     module = cut()
@@ -84,7 +86,9 @@ def test_missing_or_mismatched_weights_name_the_ways_out(tmp_path, whole, make, 
         assert way in error.value.hint
 
 
-@pytest.mark.parametrize(("name", "layers", "message"), [("resnet34", (1, 2), "of resnet18, not resnet34"), ("resnet18", (1, 4), "lacks")])
+@pytest.mark.parametrize(
+    ("name", "layers", "message"), [("resnet34", (1, 2), "of resnet18, not resnet34"), ("resnet18", (1, 4), "lacks")]
+)
 def test_the_bundled_weights_do_for_resnet18_up_to_layer3_alone(name, layers, message):
     with pytest.raises(UadxError, match=message):
         load_backbone(cut(layers, name), name, "bundled")

@@ -63,7 +63,10 @@ def test_a_third_party_plugin_is_found_with_its_distribution(install):
     [
         (ImportError("no module named acme"), "ImportError: no module named acme"),
         (plugin(uadx_register_layouts=lambda: 1 / 0), "ZeroDivisionError: division by zero"),
-        (plugin(uadx_register_layouts=lambda: ["mvtec"]), "TypeError: uadx_register_layouts returned str, expected LayoutPlugin"),
+        (
+            plugin(uadx_register_layouts=lambda: ["mvtec"]),
+            "TypeError: uadx_register_layouts returned str, expected LayoutPlugin",
+        ),
         (plugin(uadx_register_layout=lambda: []), "unknown hook 'uadx_register_layout'"),
     ],
 )
@@ -87,9 +90,7 @@ def test_half_a_registration_is_undone(install):
 def test_a_clash_names_both_owners(install):
     install(FakePoint("acme", plugin(uadx_register_layouts=lambda: [layout("mvtec")])))
     (broken,) = module.load().broken
-    assert broken.reason == (
-        "layout 'mvtec' is registered twice: by uad_plugins.data.plugin (uadx) and by acme (acme-uadx)"
-    )
+    assert broken.reason == ("layout 'mvtec' is registered twice: by uad_plugins.data.plugin (uadx) and by acme (acme-uadx)")
 
 
 def test_asking_for_something_of_a_broken_plugin_gives_its_reason(install):
@@ -128,7 +129,10 @@ def test_a_module_that_is_not_installed_can_be_named(install, monkeypatch):
 
 def test_a_name_that_is_nothing_is_listed_as_broken(install):
     (broken,) = module.load(selection="no_such_module_at_all").broken
-    assert (broken.name, broken.reason) == ("no_such_module_at_all", "ModuleNotFoundError: No module named 'no_such_module_at_all'")
+    assert (broken.name, broken.reason) == (
+        "no_such_module_at_all",
+        "ModuleNotFoundError: No module named 'no_such_module_at_all'",
+    )
 
 
 @pytest.mark.parametrize("switch", ["argument", "environment"])

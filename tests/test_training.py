@@ -21,7 +21,16 @@ from uad_plugins.training.train import train
 
 def test_the_run_holds_all_that_later_verbs_need(trained):
     names = {path.name for path in trained.iterdir()}
-    expected = {"run.json", "config.yaml", "model.ckpt", "last.ckpt", "thresholds.json", "metrics.json", "skipped.json", "logs"}
+    expected = {
+        "run.json",
+        "config.yaml",
+        "model.ckpt",
+        "last.ckpt",
+        "thresholds.json",
+        "metrics.json",
+        "skipped.json",
+        "logs",
+    }
     assert names == expected
     manifest = Run.open(trained).manifest()
     assert (manifest.status, manifest.model, manifest.image_size) == ("finished", "stfpm", (64, 64))

@@ -42,6 +42,8 @@ def quiet_libraries() -> Iterator[None]:
             ".*LeafSpec.*",
             ".*isinstance.treespec.*",
             ".*pin_memory.*",
+            # A memory bank is filled without an optimizer.
+            ".*configure_optimizers. returned .None.*",
             ".*Trying to infer the `batch_size`.*",
         ):
             warnings.filterwarnings("ignore", message=pattern)

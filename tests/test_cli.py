@@ -1,0 +1,282 @@
+"""The command line: what it prints where, how it exits, and what it refuses."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from uad_plugins.errors import UadxError
+from uadx import __version__
+from uadx.app import main
+
+
+@pytest.fixture
+def uadx(capsys, monkeypatch):
+    """Run a command line; return exit status, stdout and stderr."""
+    monkeypatch.setenv("NO_COLOR", "1")
+
+    def run(*words):
+        with pytest.raises(SystemExit) as exit_:
+            main([str(word) for word in words])
+        captured = capsys.readouterr()
+        return exit_.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+def isolated(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["plugins", "list"], ["evaluate", "-h"], ["--version"]])
+def test_nothing_heavy_is_loaded_to_show_help(words):
+    heavy = ("torch", "anomalib", "lightning", "timm", "torchvision", "openvino", "pandas", "scipy")
+    done = isolated(
+        f"import sys\nfrom uadx.app import main\ntry:\n    main({words!r})\nexcept SystemExit as stop:\n"
+        f"    assert not stop.code, stop.code\nprint('LOADED', sorted(set({heavy!r}) & set(sys.modules)))"
+    )
+    assert done.stdout.splitlines()[-1] == "LOADED []", done.stderr
+
+
+def test_help_lists_every_command(uadx):
+    status, out, _ = uadx("--help")
+    assert status == 0
+    commands = [line.split()[0] for line in out[out.index("Commands:") :].splitlines()[1:] if line.startswith("  ")]
+    assert set(commands) >= {"quickstart", "train", "evaluate", "predict", "thresholds", "doctor", "data", "plugins"}
+
+
+def test_version(uadx):
+    assert uadx("--version") == (0, f"uadx {__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "message"),
+    [
+        (["train", "DATA"], 2, "error: no folder to write the run to\nhint: add --out RUN\n"),
+        (
+            ["train", "DATA", "--out", "OUT", "--model", "stpm"],
+            2,
+            "error: unknown model 'stpm'\nhint: did you mean 'stfpm'?",
+        ),
+        (["train", "DATA", "--out", "OUT", "--set", "optimizer.lrr=1"], 2, "hint: did you mean 'optimizer.lr'?\n"),
+        (["train", "DATA", "--out", "OUT", "--set", "lr"], 2, "error: 'lr' is not KEY=VALUE\n"),
+        (["train", "DATA", "--out", "OUT", "--resume", "--overwrite"], 2, "contradict each other"),
+        (["train", "NOWHERE", "--out", "OUT", "--weights", "bundled"], 1, "no such file or folder\n"),
+        (["train", "DATA", "--out", "OUT", "--config", "nope.yaml"], 1, "nope.yaml: no such configuration file"),
+        (["train", "DATA", "--out", "OUT", "--weights", "w.pth"], 1, "w.pth: no such file or folder of backbone weights"),
+        (["train", "DATA", "--out", "OUT", "--model", "anomalib:Padimm"], 2, "did you mean 'Padim'?"),
+        (["evaluate", "NOWHERE", "DATA"], 1, "no such file or folder"),
+        (["evaluate", "DATA", "DATA"], 1, "not a run, a quantized model or a bundle"),
+        (["evaluate", "RUN", "NOWHERE"], 1, "no such file or folder"),
+        (["evaluate", "RUN", "DATA", "--engine", "torhc"], 2, "did you mean 'torch'?"),
+        (["predict", "RUN", "DATA", "--category", "washr"], 2, "did you mean 'washer'?"),
+        (["data", "check", "NOWHERE"], 1, "no such file or folder"),
+        (["data", "check", "DATA", "--layout", "vissa"], 2, "did you mean 'visa'?"),
+        (["data", "synth", "DATA"], 1, "exists and is not an empty folder"),
+        (["data", "synth", "OUT", "--product", "washr"], 2, "did you mean 'washer'?"),
+        (["thresholds", "RUN", "DATA", "--method", "guess"], 2, "unknown threshold method 'guess'"),
+    ],
+)
+def test_wrong_use_is_one_line_and_a_way_out(uadx, products, trained, tmp_path, words, status, message):
+    places = {"DATA": products, "RUN": trained, "OUT": tmp_path / "out", "NOWHERE": tmp_path / "nowhere"}
+    found, out, err = uadx(*(places.get(word, word) for word in words))
+    assert found == status, err
+    assert out == ""
+    assert message in err
+    assert "Traceback" not in err
+    assert len(err.strip().splitlines()) <= 2
+
+
+def test_an_unknown_option_is_refused_before_anything_is_touched(uadx, tmp_path):
+    status, out, err = uadx("train", tmp_path, "--out", tmp_path / "o", "--epoch", "3")
+    assert (status, out) == (2, "")
+    assert "--epochs" in err
+    assert not (tmp_path / "o").exists()
+
+
+def test_debug_shows_where(tmp_path):
+    with pytest.raises(UadxError, match="no such file or folder"):
+        main(["data", "check", str(tmp_path / "nowhere"), "--debug"])
+
+
+def test_train_prints_one_json_document(uadx, products, tmp_path):
+    words = ["train", products, "--model", "stfpm", "--weights", "bundled", "--image-size", "64", "--epochs", "1"]
+    words += ["--out", tmp_path / "run", "--json", "--set", "data.num_workers=0", "data.train_batch_size=8"]
+    status, out, err = uadx(*words)
+    assert status == 0, err
+    document = json.loads(out)
+    assert document["run"] == str(tmp_path / "run")
+    assert (document["epochs"], document["samples_seen"]) == (1, 27)
+
+
+@pytest.mark.slow
+def test_the_methods_train_and_are_measured(uadx, products, tmp_path):
+    for model in ("reverse_distillation", "anomalib:Padim"):
+        run = tmp_path / model.replace(":", "_")
+        words = ["train", products, "--model", model, "--backbone", "resnet18", "--weights", "bundled", "--epochs", "1"]
+        status, _, err = uadx(*words, "--image-size", "64", "--batch-size", "8", "--out", run)
+        assert status == 0, err
+        status, out, err = uadx("evaluate", run, products, "--json")
+        assert status == 0, err
+        report = json.loads(out)
+        assert sorted(report["categories"]) == ["connector", "fabric", "washer"]
+        assert all(0 <= value <= 1 for value in report["mean"].values())
+
+
+def test_evaluate_reports_each_category(uadx, products, trained, tmp_path):
+    status, out, err = uadx("evaluate", trained, products, "--json", "--out", tmp_path / "report")
+    assert status == 0, err
+    report = json.loads(out)
+    assert list(report["categories"]) == ["connector", "fabric", "washer"]
+    row = {"image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "aupro", "normal", "anomalous"}
+    assert all(set(values) == row for values in report["categories"].values())
+    assert all((values["normal"], values["anomalous"]) == (4, 4) for values in report["categories"].values())
+    assert set(report["mean"]) == row - {"normal", "anomalous"}
+    assert set(report["pooled"]) == row
+    assert json.loads((tmp_path / "report" / "report.json").read_text()) == report
+    with (tmp_path / "report" / "scores.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 24
+    assert {row["verdict"] for row in rows} <= {"normal", "anomalous"}
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert page.count("data:image/jpeg;base64,") == 12
+    assert "http" not in page.replace("http-equiv", "")
+
+
+def test_evaluate_prints_a_table(uadx, products, trained):
+    status, out, _ = uadx("evaluate", trained, products, "--category", "fabric")
+    assert status == 0
+    lines = [line.split() for line in out.splitlines() if line.strip()]
+    assert [line[0] for line in lines[2:]] == ["fabric", "mean", "pooled"]
+
+
+def test_an_unreadable_test_image_is_left_out_and_the_exit_status_says_so(uadx, products, trained, tmp_path):
+    data = shutil.copytree(products, tmp_path / "data")
+    victim = sorted((data / "fabric" / "test" / "good").iterdir())[0]
+    victim.write_bytes(b"")
+    status, out, err = uadx("evaluate", trained, data, "--json")
+    assert status == 1
+    assert json.loads(out)["categories"]["fabric"]["normal"] == 3
+    assert json.loads(out)["unreadable"] == {f"fabric/test/good/{victim.name}": "empty file"}
+    assert "empty file: left out" in err
+
+
+def test_an_unknown_category_is_judged_by_the_pooled_threshold(uadx, products, trained, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(products / "fabric", data / "linen")
+    status, out, err = uadx("evaluate", trained, data, "--json")
+    assert status == 0
+    assert "'linen' was not trained on" in err
+    pooled = json.loads((trained / "thresholds.json").read_text())["pooled"]["value"]
+    assert json.loads(out)["decisions"]["linen"]["threshold"] == pooled
+
+
+def test_predict_takes_files_folders_and_globs(uadx, products, trained, tmp_path):
+    good = products / "washer" / "test" / "good"
+    first = sorted(good.iterdir())[0]
+    pattern = str(products / "washer" / "test" / "c*" / "*.png")
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    turned = tmp_path / "Ünicode name.JPG"
+    Image.new("L", (90, 40), 128).save(turned)
+    out_dir = tmp_path / "maps"
+    status, out, _ = uadx(
+        "predict", trained, first, good, pattern, tmp_path / "bad.png", turned, tmp_path / "gone.png", "--category", "washer",
+        "--out", out_dir, "--json",
+    )  # fmt: skip
+    document = json.loads(out)
+    rows = document["predictions"]
+    assert status == 1
+    assert document["errors"] == 2
+    assert len(rows) == 4 + 1 + 3
+    assert set(rows[0]) == {"path", "category", "score", "threshold", "verdict", "map", "error"}
+    by_path = {row["path"]: row for row in rows}
+    assert by_path[str(tmp_path / "bad.png")]["error"] == "not an image of a known format"
+    assert by_path[str(tmp_path / "gone.png")]["error"] == "no such file"
+    for row in rows:
+        if row["error"] is None:
+            assert row["verdict"] == ("anomalous" if row["score"] > row["threshold"] else "normal")
+            with Image.open(row["path"]) as source, Image.open(row["map"]) as heat:
+                assert heat.size == source.size
+        else:
+            assert (row["verdict"], row["score"], row["map"]) == ("error", None, None)
+    assert sum(1 for _ in out_dir.rglob("*.png")) == 6
+    assert (out_dir / "predictions.csv").exists()
+
+
+def test_predict_prints_a_line_an_image(uadx, products, trained):
+    image = sorted((products / "washer" / "test" / "good").iterdir())[0]
+    status, out, err = uadx("predict", trained, image)
+    assert status == 0
+    verdict, ratio, *rest = out.split()
+    assert verdict in {"normal", "anomalous"}
+    assert float(ratio) > 0
+    assert rest[-1] == str(image)
+    assert "pooled" in err
+
+
+def test_thresholds_are_set_anew(uadx, products, trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    before = (run / "thresholds.json").read_text()
+    status, out, _ = uadx("thresholds", run, products, "--method", "best-f1", "--dry-run", "--json")
+    assert (status, (run / "thresholds.json").read_text()) == (0, before)
+    status, out, _ = uadx("thresholds", run, products, "--target-fpr", "0.2", "--json")
+    assert status == 0
+    assert json.loads(out) == json.loads((run / "thresholds.json").read_text())
+    assert json.loads(out)["categories"]["fabric"]["normal"] == 14
+
+
+def test_data_check_finds_problems_and_says_so_with_its_exit_status(uadx, products, tmp_path):
+    status, out, _ = uadx("data", "check", products, "--json")
+    assert status == 0
+    assert json.loads(out)["trainable"] is True
+    data = shutil.copytree(products, tmp_path / "data")
+    sorted((data / "fabric" / "train" / "good").iterdir())[0].write_bytes(b"x")
+    status, out, err = uadx("data", "check", data)
+    assert status == 1
+    assert "error: fabric/train/good/0000.png: not an image of a known format" in out
+    assert "--skip-bad" in err
+
+
+def test_data_synth(uadx, tmp_path):
+    status, out, _ = uadx(
+        "data", "synth", tmp_path / "d", "--size", "32", "--train", "2", "--test", "1", "--product", "fabric"
+    )
+    assert (status, out) == (0, f"{tmp_path / 'd'}\n")
+    assert sum(1 for _ in (tmp_path / "d").rglob("*.png")) == 5
+
+
+def test_doctor_names_what_is_missing_and_how_to_get_it(uadx):
+    status, out, _ = uadx("doctor", "--json")
+    document = json.loads(out)
+    assert status == 0
+    components = {(item["kind"], item["name"]): item for item in document["components"]}
+    assert components["package", "torch"]["usable"] is True
+    assert components["runtime", "torch"]["usable"] is True
+    for item in document["components"]:
+        assert item["usable"] or item["fix"]
+    assert document["machine"]["cores"] == len(os.sched_getaffinity(0))
+
+
+def test_plugins_list(uadx):
+    status, out, _ = uadx("plugins", "list", "--json")
+    rows = json.loads(out)["plugins"]
+    assert status == 0
+    assert {
+        "kind": "model",
+        "name": "stfpm",
+        "distribution": "uadx",
+        "version": __version__,
+        "status": "ok",
+    }.items() <= next(row for row in rows if row["name"] == "stfpm").items()
+
+
+def test_the_output_can_be_cut_off(products, trained):
+    command = f"{sys.executable} -m uadx predict {trained} {products} | head -n 1"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, timeout=120)
+    assert done.stdout.count("\n") == 1
+    assert "Traceback" not in done.stderr

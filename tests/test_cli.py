@@ -9,10 +9,10 @@ import sys
 
 import pytest
 from PIL import Image
-
-from uad_plugins.errors import UadxError
 from uadx import __version__
 from uadx.app import main
+
+from uad_plugins.errors import UadxError
 
 
 @pytest.fixture
@@ -185,7 +185,8 @@ def test_predict_takes_files_folders_and_globs(uadx, products, trained, tmp_path
     Image.new("L", (90, 40), 128).save(turned)
     out_dir = tmp_path / "maps"
     status, out, _ = uadx(
-        "predict", trained, first, good, pattern, tmp_path / "bad.png", turned, tmp_path / "gone.png", "--category", "washer",
+        "predict", trained, first, good, pattern, tmp_path / "bad.png", turned, tmp_path / "gone.png",
+        "--category", "washer",
         "--out", out_dir, "--json",
     )  # fmt: skip
     document = json.loads(out)

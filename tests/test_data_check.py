@@ -200,7 +200,7 @@ def test_more_images_than_are_decoded_at_a_time_keep_their_reasons(tmp_path, pic
     for number in (3, 70, 99):
         (tmp_path / f"{number}.png").write_bytes(b"")
     calls = []
-    found = unreadable(paths, len(paths), lambda done, total: calls.append((done, total)))
+    found = unreadable(paths, lambda done, total: calls.append((done, total)))
     assert found == {paths[number]: "empty file" for number in (3, 70, 99)}
     assert calls == [(done, 100) for done in range(1, 101)]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import shutil
 import warnings
 
 import numpy as np
@@ -12,6 +14,7 @@ from torchvision.transforms.v2 import RandomHorizontalFlip
 
 from uad_plugins.data.batches import NumpyUnifiedBatch, NumpyUnifiedItem, UnifiedBatch, UnifiedItem
 from uad_plugins.data.datamodule import UnifiedDataModule
+from uad_plugins.data.pixel_cache import PixelCache
 from uad_plugins.errors import UadxError, UsageError
 from uad_plugins.imaging import read_mask, read_rgb, resize_mask, resize_rgb
 
@@ -258,3 +261,63 @@ def test_anomalib_itself_trains_tests_and_predicts_with_it(products, tmp_path):
     assert module.train_data.image_size == module.test_data.image_size == (48, 40)
     assert [name for batch in predicted for name in batch.category] == ["connector"] * 8 + ["fabric"] * 8 + ["washer"] * 8
     assert [path for batch in predicted for path in batch.image_path] == module.test_data.samples["image_path"].tolist()
+
+
+def test_cached_images_are_the_decoded_ones(products, tmp_path):
+    cache = PixelCache(tmp_path / "pixels", (48, 32))
+    with_cache, without = (UnifiedDataModule(str(products), image_size=(48, 32)) for _ in range(2))
+    with_cache.table = with_cache.index()
+    with_cache.verify_images(cache=cache)
+    for module in (with_cache, without):
+        module.setup("fit")
+    assert with_cache.train_data.cache is cache
+    assert with_cache.test_data.cache is None
+    for part in ("train_data", "val_data"):
+        ours, theirs = getattr(with_cache, part), getattr(without, part)
+        assert len(ours) == len(theirs)
+        for index in range(len(ours)):
+            assert ours[index].image_path == theirs[index].image_path
+            assert torch.equal(ours[index].image, theirs[index].image)
+    subset = with_cache.train_data.subsample([5, 2])
+    assert torch.equal(subset[1].image, without.train_data[2].image)
+    assert (tmp_path / "pixels").stat().st_size == 30 * 48 * 32 * 3
+
+
+def test_cached_rows_stay_right_when_bad_images_are_left_out(products, tmp_path):
+    data = shutil.copytree(products, tmp_path / "data")
+    victims = sorted((data / "fabric" / "train" / "good").iterdir())
+    victims[0].write_bytes(b"")
+    victims[4].write_bytes(b"")
+    module = UnifiedDataModule(str(data), image_size=32, skip_bad=True)
+    module.table = module.index()
+    module.verify_images(cache=PixelCache(tmp_path / "pixels", (32, 32)))
+    module.setup("fit")
+    assert sorted(module.skipped) == [str(victims[0]), str(victims[4])]
+    for part in (module.train_data, module.val_data):
+        for index in range(len(part)):
+            item = part[index]
+            fresh = torch.from_numpy(np.array(resize_rgb(read_rgb(item.image_path), (32, 32)))).permute(2, 0, 1) / 255
+            assert torch.allclose(item.image, fresh)
+
+
+def test_the_cache_survives_going_to_worker_processes(products, tmp_path):
+    module = UnifiedDataModule(str(products), image_size=32, num_workers=2, train_batch_size=4)
+    module.table = module.index()
+    module.verify_images(cache=PixelCache(tmp_path / "pixels", (32, 32)))
+    module.setup("fit")
+    first = module.train_data[0].image
+    batches = list(module.train_dataloader())
+    seen = {path: image for batch in batches for path, image in zip(batch.image_path, batch.image, strict=True)}
+    assert torch.equal(torch.as_tensor(seen[module.train_data[0].image_path]), torch.as_tensor(first))
+    assert len(seen) == 27
+    copy = pickle.loads(pickle.dumps(module._cache))
+    assert np.array_equal(copy.read(3), module._cache.read(3))
+
+
+def test_a_cache_that_would_be_too_large_is_not_made(tmp_path):
+    cache = PixelCache(tmp_path / "pixels", (256, 256))
+    assert cache.fits(10)
+    assert not cache.fits(10**7)
+    cache.write(0, Image.new("RGB", (10, 10), "red"))
+    cache.remove()
+    assert not (tmp_path / "pixels").exists()

@@ -48,6 +48,7 @@ class DataConfig(Section):
     samples_per_epoch: PositiveInt | None = Field(None, description="Images that make one epoch; null: all.")
     val_fraction: float = Field(0.1, gt=0, lt=1, description="Share of normal training images held out, per category.")
     skip_bad: bool = Field(False, description="Leave unreadable images out instead of stopping.")
+    cache: bool = Field(True, description="Keep decoded images on disk while training, where they fit.")
 
     @field_validator("image_size")
     @classmethod

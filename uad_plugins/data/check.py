@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from uad_plugins.data.layouts.walking import MASK_FOLDERS, images
 from uad_plugins.data.samples import ANOMALOUS, NORMAL, Sample, SampleTable, relative_to
@@ -73,24 +75,35 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1))
 
 
-def unreadable(paths: Iterable[str], total: int, progress: Progress | None = None) -> dict[str, str]:
-    """Decode images in parallel and return the reason for each that cannot be decoded, by path."""
+def unreadable(
+    paths: Sequence[str], progress: Progress | None = None, keep: Callable[[int, Image.Image], None] | None = None
+) -> dict[str, str]:
+    """Decode images in parallel and return the reason for each that cannot be decoded, by path.
+
+    Args:
+        paths: Image files.
+        progress: Called as images are done.
+        keep: Called, from several threads, with the position of each good image and the image.
+    """
+
+    def examine(entry: tuple[int, str]) -> str | None:
+        position, path = entry
+        try:
+            image = read_rgb(path)
+        except ImageError as error:
+            return error.message.removeprefix(f"{path}: ")
+        if keep is not None:
+            keep(position, image)
+        return None
+
+    reasons: dict[str, str] = {}
     with _pool() as pool:
-        reasons: dict[str, str] = {}
-        for done, (path, reason) in enumerate(_in_order(pool, _failure, paths), start=1):
+        for done, reason in enumerate(_in_order(pool, examine, enumerate(paths))):
             if reason is not None:
-                reasons[path] = reason
+                reasons[paths[done]] = reason
             if progress is not None:
-                progress(done, total)
+                progress(done + 1, len(paths))
     return reasons
-
-
-def _failure(path: str) -> tuple[str, str | None]:
-    try:
-        read_rgb(path)
-    except ImageError as error:
-        return path, error.message.removeprefix(f"{path}: ")
-    return path, None
 
 
 def _in_order(pool: ThreadPoolExecutor, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
@@ -105,9 +118,21 @@ def _in_order(pool: ThreadPoolExecutor, function: Callable[[Any], Any], items: I
 
 
 def require_readable(
-    table: SampleTable, splits: tuple[str, ...], *, skip_bad: bool, progress: Progress | None = None
+    table: SampleTable,
+    splits: tuple[str, ...],
+    *,
+    skip_bad: bool,
+    progress: Progress | None = None,
+    keep: Callable[[int, Image.Image], None] | None = None,
 ) -> tuple[SampleTable, dict[str, str]]:
     """Make sure that every image of the given splits can be decoded.
+
+    Args:
+        table: The samples.
+        splits: Which to look at, in this order.
+        skip_bad: Leave bad images out instead of failing.
+        progress: Called as images are done.
+        keep: See ``unreadable``; positions count through the splits in turn.
 
     Returns:
         The table without what was left out, and the reason for each image left out, by path.
@@ -116,7 +141,7 @@ def require_readable(
         UadxError: An image cannot be decoded and ``skip_bad`` is not set; the message names it.
     """
     wanted = [table.paths[int(index)] for split in splits for index in table.where(split=split)]
-    reasons = unreadable(wanted, len(wanted), progress)
+    reasons = unreadable(wanted, progress, keep)
     if not reasons:
         return table, {}
     if not skip_bad:

@@ -18,12 +18,13 @@ from torchvision.transforms.v2 import Resize, Transform
 from torchvision.tv_tensors import Image, Mask
 
 from uad_plugins.data.batches import UnifiedBatch, UnifiedItem
-from uad_plugins.data.check import require_readable
+from uad_plugins.data.check import Progress, require_readable
 from uad_plugins.data.layouts import scan
+from uad_plugins.data.pixel_cache import PixelCache
 from uad_plugins.data.samples import NORMAL, SampleTable, hold_out
 from uad_plugins.data.sampling import NATURAL, CategorySampler, GroupedBatchSampler, ShareSampler
 from uad_plugins.errors import UadxError
-from uad_plugins.imaging import read_mask, read_rgb, resize_mask, resize_rgb
+from uad_plugins.imaging import RgbImage, read_mask, read_rgb, resize_mask, resize_rgb
 
 
 class UnifiedDataset(AnomalibDataset):
@@ -35,6 +36,8 @@ class UnifiedDataset(AnomalibDataset):
         image_size: ``(height, width)`` that images and masks are resized to.
         masks: Read ground-truth masks (normal images then get empty ones).
         augmentations: Applied to image and mask after resizing.
+        cache: Where the images lie decoded, or None.
+        cache_rows: int64 ``(len(indices),)``, the row of each in the cache.
     """
 
     def __init__(
@@ -45,8 +48,12 @@ class UnifiedDataset(AnomalibDataset):
         *,
         masks: bool,
         augmentations: Transform | None = None,
+        cache: PixelCache | None = None,
+        cache_rows: NDArray[np.int64] | None = None,
     ) -> None:
         super().__init__(augmentations=augmentations)
+        self.cache = cache
+        self.cache_rows = cache_rows
         self.table = table
         self.indices = indices
         self.image_size = image_size
@@ -108,18 +115,29 @@ class UnifiedDataset(AnomalibDataset):
         if len(set(indices)) != len(indices):
             raise ValueError("No duplicates allowed in indices.")
         chosen = self.indices[np.asarray(indices, dtype=np.int64)]
+        rows = self.cache_rows[np.asarray(indices, dtype=np.int64)] if self.cache_rows is not None else None
         if inplace:
-            self.indices = chosen
+            self.indices, self.cache_rows = chosen, rows
             return self
         return UnifiedDataset(
-            self.table, chosen, self.image_size, masks=bool(self._masked.any()), augmentations=self.augmentations
+            self.table,
+            chosen,
+            self.image_size,
+            masks=bool(self._masked.any()),
+            augmentations=self.augmentations,
+            cache=self.cache,
+            cache_rows=rows,
         )
+
+    def _pixels(self, index: int, path: str) -> RgbImage:
+        if self.cache is not None and self.cache_rows is not None:
+            return self.cache.read(int(self.cache_rows[index]))
+        return np.array(resize_rgb(read_rgb(path), self.image_size))
 
     def __getitem__(self, index: int) -> UnifiedItem:
         sample = self.table[int(self.indices[index])]
         category_index = int(self.table.category_index[self.indices[index]])
-        pixels = resize_rgb(read_rgb(sample.path), self.image_size)
-        image = Image(torch.from_numpy(np.array(pixels)).permute(2, 0, 1))
+        image = Image(torch.from_numpy(self._pixels(index, sample.path)).permute(2, 0, 1))
         mask: Mask | None = None
         if self._masked[category_index] and (sample.mask or sample.label == NORMAL):
             truth = resize_mask(read_mask(sample.mask), self.image_size) if sample.mask else np.zeros(self.image_size, bool)
@@ -210,11 +228,38 @@ class UnifiedDataModule(AnomalibDataModule):
         self.skipped: dict[str, str] = {}
         self.table: SampleTable
         self._verified = False
+        self._cache: PixelCache | None = None
+        self._cache_rows: dict[str, NDArray[np.int64]] = {}
 
     def index(self) -> SampleTable:
         """Scan the folders and hold images out, without opening any image."""
         table = scan(self.root, self.layout, self.wanted_categories)
         return hold_out(table, self.val_fraction, self.split_seed)
+
+    def verify_images(self, progress: Progress | None = None, cache: PixelCache | None = None) -> None:
+        """Decode every training and validation image once; later calls do nothing.
+
+        Args:
+            progress: Called as images are done.
+            cache: Keeps what was decoded, at the size of the cache; None throws it away.
+
+        Raises:
+            UadxError: An image cannot be read and ``skip_bad`` is not set.
+        """
+        if self._verified:
+            return
+        splits = ("train", "val")
+        wanted = {split: [self.table.paths[int(i)] for i in self.table.where(split=split)] for split in splits}
+        keep = cache.write if cache is not None else None
+        self.table, self.skipped = require_readable(self.table, splits, skip_bad=self.skip_bad, progress=progress, keep=keep)
+        self._verified = True
+        if cache is not None:
+            cache.finish()
+            self._cache, first = cache, 0
+            for split, paths in wanted.items():
+                kept = [row for row, path in enumerate(paths, start=first) if path not in self.skipped]
+                self._cache_rows[split] = np.array(kept, dtype=np.int64)
+                first += len(paths)
 
     def setup(self, stage: str | None = None) -> None:
         """Index the images, verify those to be trained on, and make the three parts.
@@ -225,9 +270,8 @@ class UnifiedDataModule(AnomalibDataModule):
         fitting = str(getattr(stage, "value", stage)) in {"fit", "fitting", "None"}
         if not hasattr(self, "table"):
             self.table = self.index()
-        if fitting and self.verify and not self._verified:
-            self.table, self.skipped = require_readable(self.table, ("train", "val"), skip_bad=self.skip_bad)
-            self._verified = True
+        if fitting and self.verify:
+            self.verify_images()
         size = self.image_size or self._size_of_model() or (256, 256)
         self.train_data = self._part("train", size)
         self.val_data = self._part("val", size)
@@ -239,9 +283,15 @@ class UnifiedDataModule(AnomalibDataModule):
         self.setup(_stage)
 
     def _part(self, split: str, size: tuple[int, int]) -> UnifiedDataset:
-        augmentations = self.train_augmentations if split == "train" else None
+        cached = split in self._cache_rows and self._cache is not None and self._cache.shape[:2] == size
         return UnifiedDataset(
-            self.table, self.table.where(split=split), size, masks=split == "test", augmentations=augmentations
+            self.table,
+            self.table.where(split=split),
+            size,
+            masks=split == "test",
+            augmentations=self.train_augmentations if split == "train" else None,
+            cache=self._cache if cached else None,
+            cache_rows=self._cache_rows[split] if cached else None,
         )
 
     def _size_of_model(self) -> tuple[int, int] | None:

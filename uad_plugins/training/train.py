@@ -16,9 +16,10 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from uad_plugins.artifacts import Run, RunManifest, sha256_of, versions, write_json
 from uad_plugins.config import TrainConfig, model_plugin
-from uad_plugins.data.check import Progress, require_readable
+from uad_plugins.data.check import Progress
 from uad_plugins.data.datamodule import UnifiedDataModule
-from uad_plugins.data.samples import SampleTable
+from uad_plugins.data.pixel_cache import PixelCache
+from uad_plugins.data.samples import SPLITS, SampleTable
 from uad_plugins.detector import open_detector
 from uad_plugins.errors import UadxError
 from uad_plugins.evaluation.thresholds import set_thresholds, thresholds_from_samples
@@ -70,20 +71,37 @@ def train(
         if resuming:
             check_same_data(run.manifest(), table)
         fingerprint = table.fingerprint()
-        module.table, module.skipped = require_readable(
-            table, ("train", "val"), skip_bad=config.data.skip_bad, progress=verifying
-        )
+        module.table = table
+        # Built before the images are verified: missing weights are found in a second, bad images perhaps in an hour.
         model = model_plugin(config.model.name).build(config)
-        manifest = _manifest(config, module, model, data, fingerprint)
-        if main_process():
-            if resuming:
-                manifest.weights = run.manifest().weights
-            write_start(run, config, manifest)
-            write_json(run.folder / "skipped.json", module.skipped)
-        fitted = _fit(run, config, module, model, interactive=interactive)
-        if not fitted["main"]:
-            return None
-        return _finish(run, config, module.table, manifest, fitted)
+        cache = _cache(run, config, table)
+        try:
+            module.verify_images(verifying, cache)
+            manifest = _manifest(config, module, model, data, fingerprint)
+            if main_process():
+                if resuming:
+                    manifest.weights = run.manifest().weights
+                write_start(run, config, manifest)
+                write_json(run.folder / "skipped.json", module.skipped)
+            fitted = _fit(run, config, module, model, interactive=interactive)
+            if not fitted["main"]:
+                return None
+            return _finish(run, config, module.table, manifest, fitted)
+        finally:
+            if cache is not None:
+                cache.remove()
+
+
+def _cache(run: Run, config: TrainConfig, table: SampleTable) -> PixelCache | None:
+    """Return the cache for decoded images; None when several processes train, or when it would be too large."""
+    devices, accelerator = config.trainer.get("devices", "auto"), config.trainer.get("accelerator", "auto")
+    one_by_itself = accelerator == "cpu" or torch.cuda.device_count() <= 1
+    alone = devices in (1, "1", [0]) or (devices == "auto" and one_by_itself)
+    if not config.data.cache or not alone or config.trainer.get("num_nodes", 1) != 1:
+        return None
+    # Named as what an interrupted training leaves behind, so that the next one clears it away.
+    cache = PixelCache(run.folder / ".pixels.part", config.data.size)
+    return cache if cache.fits(int((table.splits != SPLITS.index("test")).sum())) else None
 
 
 def _datamodule(config: TrainConfig, data: str | Path) -> UnifiedDataModule:
@@ -99,6 +117,7 @@ def _datamodule(config: TrainConfig, data: str | Path) -> UnifiedDataModule:
         sampling=section.sampling,
         samples_per_epoch=section.samples_per_epoch,
         val_fraction=section.val_fraction,
+        skip_bad=section.skip_bad,
         verify=False,
         seed=config.seed,
     )

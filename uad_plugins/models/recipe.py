@@ -7,10 +7,33 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from anomalib.post_processing import PostProcessor
 from torch import nn, optim
 
 from uad_plugins.config import OptimizerConfig
 from uad_plugins.models.backbones import CHECKPOINT, WeightsRecord
+
+
+class WidePostProcessor(PostProcessor):
+    """anomalib's post-processor with room above the threshold.
+
+    anomalib scales scores by the range seen in validation and clips them to 0..1. Its validation split has defective images,
+    ours has none: every defective image would be clipped to 1, and images clipped to the same value cannot be ranked. Here
+    the range is wide enough for scores of 500 times the normal range; the threshold still lies at 0.5.
+    """
+
+    margin = 500.0
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Take threshold and range from the validation images, then widen the range."""
+        super().on_validation_epoch_end(trainer, pl_module)
+        for low, high, threshold in (
+            (self.image_min, self.image_max, self.image_threshold),
+            (self.pixel_min, self.pixel_max, self.pixel_threshold),
+        ):
+            reach = (high - low) * self.margin
+            low.copy_(threshold - reach)
+            high.copy_(threshold + reach)
 
 
 class DistillationRecipe:
@@ -25,6 +48,10 @@ class DistillationRecipe:
     recipe: OptimizerConfig
     weights_record: WeightsRecord | None
     held_out_loss: torch.Tensor | None
+
+    def configure_post_processor(self) -> PostProcessor:
+        """Return the post-processor that anomalib's own testing uses."""
+        return WidePostProcessor()
 
     def trained_parameters(self) -> Iterable[nn.Parameter]:
         """Return the parameters that the optimizer updates."""

@@ -9,7 +9,11 @@ import typer
 
 from uadx.output import counting, emit_json, note, say, table
 
-app = typer.Typer(help="Check a data set, or make a synthetic one.", no_args_is_help=True)
+app = typer.Typer(
+    help="Check a data set, or make a synthetic one.",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 
 
 @app.command()

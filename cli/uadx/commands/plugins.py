@@ -8,7 +8,11 @@ import typer
 
 from uadx.output import emit_json, table
 
-app = typer.Typer(help="What is installed to extend uadx.", no_args_is_help=True)
+app = typer.Typer(
+    help="What is installed to extend uadx.",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 
 
 @app.callback()

@@ -33,7 +33,7 @@ def uadx_run(arguments, recipe, categories, seed):
     flags = {
         "model": {"weights": arguments.weights, "backbone": "resnet18"},
         "data": {"image_size": arguments.image_size, "categories": categories},
-        "trainer": {"max_epochs": arguments.epochs},
+        "trainer": {"max_epochs": arguments.epochs, "precision": arguments.precision},
         "seed": seed,
     }
     config = resolve(file=recipe_path(recipe), flags=flags, environment={})
@@ -77,7 +77,9 @@ def anomalib_run(arguments, recipe, categories, seed):
             str(arguments.data), categories=categories, image_size=arguments.image_size, train_batch_size=16, seed=seed
         )
     with tempfile.TemporaryDirectory() as folder, quiet_libraries():
-        engine = Engine(default_root_dir=folder, max_epochs=arguments.epochs, enable_progress_bar=False)
+        engine = Engine(
+            default_root_dir=folder, max_epochs=arguments.epochs, precision=arguments.precision, enable_progress_bar=False
+        )
         started = time.monotonic()
         engine.fit(model, datamodule=data)
         seconds = time.monotonic() - started
@@ -103,6 +105,7 @@ def main():
     parser.add_argument("--recipes", nargs="+", default=["stfpm_short"])
     parser.add_argument("--by", nargs="+", default=["uadx", "anomalib"], choices=["uadx", "anomalib"])
     parser.add_argument("--settings", nargs="+", default=["unified", "one-class"])
+    parser.add_argument("--precision", default="32-true", help="Of Lightning's Trainer, for both.")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -114,7 +117,7 @@ def main():
         for recipe in arguments.recipes:
             for by in arguments.by:
                 for setting in arguments.settings:
-                    key = f"{by} {recipe} {setting} {arguments.image_size}px {arguments.epochs}ep seed{seed}"
+                    key = f"{by} {recipe} {setting} {arguments.image_size}px {arguments.epochs}ep {arguments.precision} seed{seed}"
                     if key in done:
                         continue
                     run = uadx_run if by == "uadx" else anomalib_run

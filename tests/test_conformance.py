@@ -48,7 +48,9 @@ class TestIndex(LayoutConformance):
 
     def make_example(self, root: Path) -> None:
         write_files(root, ["a/1.png", "a/2.png", "a/2_mask.png"])
-        (root / "index.csv").write_text("path,category,split,label,mask\na/1.png,a,train,0,\na/2.png,a,test,1,a/2_mask.png\n")
+        (root / "index.csv").write_text(
+            "path,category,split,label,mask\na/1.png,a,train,0,\na/2.png,a,test,1,a/2_mask.png\n"
+        )
 
 
 class TestStfpm(ModelConformance):

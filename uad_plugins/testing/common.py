@@ -62,8 +62,10 @@ def check_scores(detector: Detector, images: RgbImage) -> None:
     """Check shapes, types and values of what a detector returns for a batch."""
     scores, maps = detector.infer(images)
     number, (height, width) = len(images), detector.image_size
-    assert (scores.shape, scores.dtype) == ((number,), np.float32), "scores are float32 (N,)"
-    assert (maps.shape, maps.dtype) == ((number, height, width), np.float32), "maps are float32 (N, H, W) at image_size"
+    assert scores.shape == (number,), "scores are (N,)"
+    assert scores.dtype == np.float32, "scores are float32"
+    assert maps.shape == (number, height, width), "maps are (N, H, W) at image_size"
+    assert maps.dtype == np.float32, "maps are float32"
     assert np.isfinite(scores).all(), f"scores are finite numbers: {scores}"
     assert np.isfinite(maps).all(), "maps hold finite numbers"
 
@@ -108,7 +110,7 @@ class Conformance(Generic[Description]):
     def item(self) -> Description:
         """The description under test."""
         plugin = getattr(self, "plugin", None)
-        assert plugin is not None, f"{type(self).__name__}: set 'plugin' to the name of your {self.kind}, or to its description"
+        assert plugin is not None, f"{type(self).__name__}: set 'plugin' to the name or description of your {self.kind}"
         found: Description = registry().get(self.kind, plugin) if isinstance(plugin, str) else plugin
         return found
 

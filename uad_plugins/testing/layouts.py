@@ -117,7 +117,7 @@ class LayoutConformance(Conformance[LayoutPlugin]):
             assert sample.split in SPLITS, f"split is one of {', '.join(SPLITS)}: {sample}"
             assert sample.label in (NORMAL, ANOMALOUS), f"label is 0 or 1: {sample}"
             assert sample.category.strip(), f"category is not empty: {sample}"
-            assert (sample.defect == "good") == (sample.label == NORMAL), f"defect is 'good' for normal images alone: {sample}"
+            assert (sample.defect == "good") == (sample.label == NORMAL), f"normal images alone have defect 'good': {sample}"
         table = SampleTable(samples, tmp_path)
         assert len(set(table.paths)) == len(table), "no image is listed twice"
 

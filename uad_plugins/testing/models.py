@@ -101,11 +101,12 @@ class ModelConformance(Conformance[ModelPlugin]):
         """Train once for all checks of the class."""
         cls = type(self)
         if "_trained" not in vars(cls):
-            cls._trained = self._train(tmp_path_factory.mktemp("conformance"), fetched)
+            cls._trained = self.train_example(tmp_path_factory.mktemp("conformance"), fetched)
         assert cls._trained is not None
         return cls._trained
 
-    def _train(self, folder: Path, fetched: list[str]) -> Trained:
+    def train_example(self, folder: Path, fetched: list[str]) -> Trained:
+        """Train for one epoch on synthetic products below a folder."""
         # Not at the size of the network, so that a missing resize shows.
         data = synthesize(folder / "products", products=list(PRODUCTS)[:2], side=SIDE + 8, train=8, test=2)
         config, weights = self.small_config(), folder / "weights"
@@ -166,7 +167,7 @@ class ModelConformance(Conformance[ModelPlugin]):
         """What else is in a batch does not change the score of an image."""
         check_batch_independence(detector, read_batch(trained.images, detector.image_size))
 
-    def test_a_checkpoint_brings_all_that_was_learnt(self, trained: Trained, detector: TorchDetector, tmp_path: Path) -> None:
+    def test_a_checkpoint_brings_all_it_learnt(self, trained: Trained, detector: TorchDetector, tmp_path: Path) -> None:
         """Loaded weights are the stored ones; saved and loaded again, the module gives equal scores."""
         path = Run.open(trained.run).checkpoint
         loaded = self.item.load(path, trained.config)

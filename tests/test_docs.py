@@ -1,0 +1,70 @@
+"""The documentation says what the program does."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+
+
+def test_the_page_of_commands_is_what_the_program_says():
+    done = subprocess.run([sys.executable, str(ROOT / "docs" / "generate.py"), "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_in_the_documents_exist_with_their_options(page):
+    helped = (ROOT / "docs" / "commands.md").read_text()
+    for line in re.findall(r"^\s*(uadx [a-z][^#\n`]*)", page.read_text(), re.MULTILINE):
+        if page.name == "commands.md":
+            continue
+        words = line.split()
+        name = " ".join(words[:3]) if words[1] in {"data", "plugins"} else " ".join(words[:2])
+        section = helped.partition(f"## {name}\n")[2].partition("\n## ")[0]
+        assert section or name == "uadx count", name
+        for option in (word for word in words if word.startswith("--")):
+            assert f"{option.partition('=')[0]} " in section or name == "uadx count", (name, option)
+
+
+def test_the_architecture_names_every_room():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    rooms = [path for path in (ROOT / "uad_plugins").iterdir() if path.is_dir() and (path / "__init__.py").exists()]
+    assert rooms
+    for room in rooms:
+        assert f"uad_plugins/{room.name}/" in page, room.name
+
+
+def test_no_file_is_longer_than_a_room_may_be():
+    sources = [*(ROOT / "uad_plugins").rglob("*.py"), *(ROOT / "cli").rglob("*.py")]
+    assert [path.name for path in sources if len(path.read_text().splitlines()) > 400] == []
+
+
+def test_a_wheel_would_hold_the_two_packages_and_the_recipes_alone():
+    project = (ROOT / "pyproject.toml").read_text()
+    assert 'packages = ["cli/uadx", "uad_plugins"]' in project
+    assert '"configs" = "uad_plugins/configs"' in project
+    assert all(yaml.safe_load(path.read_text()) for path in (ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_two_packages_and_the_recipes_alone(tmp_path):
+    import zipfile
+
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path), str(ROOT)]
+    subprocess.run(command, check=True, timeout=120)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"uadx", "uad_plugins"}
+    assert "uad_plugins/configs/stfpm.yaml" in names
+    assert "uad_plugins/models/assets/resnet18_layer3.safetensors" in names

@@ -117,7 +117,8 @@ def main():
         for recipe in arguments.recipes:
             for by in arguments.by:
                 for setting in arguments.settings:
-                    key = f"{by} {recipe} {setting} {arguments.image_size}px {arguments.epochs}ep {arguments.precision} seed{seed}"
+                    budget = f"{arguments.image_size}px {arguments.epochs}ep {arguments.precision}"
+                    key = f"{by} {recipe} {setting} {budget} seed{seed}"
                     if key in done:
                         continue
                     run = uadx_run if by == "uadx" else anomalib_run

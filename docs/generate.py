@@ -9,7 +9,6 @@ os.environ["COLUMNS"], os.environ["NO_COLOR"], os.environ["UADX_LOAD_PLUGINS"] =
 os.environ["TERMINAL_WIDTH"] = "100"
 
 import typer.main  # noqa: E402
-
 from uadx.app import app  # noqa: E402
 
 PAGE = Path(__file__).parent / "commands.md"

@@ -1,10 +1,13 @@
 """Merging and checking the configuration."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 
 from uad_plugins.config import (
     TrainConfig,
+    find_config,
     from_assignments,
     from_environment,
     keys,
@@ -127,3 +130,13 @@ def test_every_key_has_a_description():
 
     assert list(undescribed(TrainConfig)) == []
     assert "data.image_size" in set(keys(TrainConfig))
+
+
+def test_recipes_that_ship_are_found_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_config(Path("stfpm_short")) == recipe_path("stfpm_short")
+    (tmp_path / "stfpm_short").write_text("seed: 1")
+    assert find_config(Path("stfpm_short")) == Path("stfpm_short")
+    with pytest.raises(UadxError) as error:
+        find_config(Path("stfpm_shrt"))
+    assert "stfpm_short" in error.value.hint

@@ -94,20 +94,36 @@ def test_killed_before_the_first_checkpoint(products, unbroken, tmp_path):
     assert scores_of(run.folder, products) == scores_of(out, products)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("delay", [0.0, 0.4, 1.1])
-def test_sigkill_at_any_moment(products, tmp_path, delay):
-    """A real process, killed for real; then the same command with --resume."""
+def started(products, out):
+    """Start a long training in a process of its own and wait for its first checkpoint."""
     command = [sys.executable, "-m", "uadx", "train", str(products), "--model", "stfpm", "--weights", "bundled"]
-    command += ["--image-size", "64", "--epochs", "60", "--batch-size", "8", "--out", str(tmp_path / "run")]
+    command += ["--image-size", "64", "--epochs", "24", "--batch-size", "8", "--out", str(out)]
     command += ["--set", "trainer.accelerator=cpu", "--set", "optimizer.schedule=cosine"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
-    while not (tmp_path / "run" / "last.ckpt").exists():
+    while not (out / "last.ckpt").exists():
         assert process.poll() is None, process.stderr.read().decode()
         assert time.monotonic() < deadline
         time.sleep(0.02)
+    return process, command, environment
+
+
+@pytest.mark.slow
+def test_ctrl_c_is_one_line_and_leaves_the_run_whole(products, tmp_path):
+    process, _, _ = started(products, tmp_path / "run")
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "error: training was interrupted\nhint: continue it with --resume" in err.decode()
+    assert not list((tmp_path / "run").glob(".*.part"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay", [0.0, 0.7])
+def test_sigkill_at_any_moment(products, tmp_path, delay):
+    """A real process, killed for real; then the same command with --resume."""
+    process, command, environment = started(products, tmp_path / "run")
     time.sleep(delay)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -116,7 +132,7 @@ def test_sigkill_at_any_moment(products, tmp_path, delay):
     finished = subprocess.run([*command, "--resume"], env=environment, capture_output=True, text=True, timeout=240)
     assert finished.returncode == 0, finished.stderr
     metrics = read_json(tmp_path / "run" / "metrics.json")
-    assert metrics["epochs"] == 60
-    assert metrics["samples_seen"] == 60 * 27
-    expected = small_run(products, tmp_path / "unbroken", {"trainer": {"max_epochs": 60}, "optimizer": {"lr": 0.4}})
+    assert metrics["epochs"] == 24
+    assert metrics["samples_seen"] == 24 * 27
+    expected = small_run(products, tmp_path / "unbroken", {"trainer": {"max_epochs": 24}, "optimizer": {"lr": 0.4}})
     assert metrics["best_val_loss"] == pytest.approx(expected["best_val_loss"], rel=0.05)

@@ -105,6 +105,20 @@ def recipe_path(name: str) -> Path:
     return packaged if packaged.is_file() else Path(__file__).parents[1] / "configs" / f"{name}.yaml"
 
 
+def find_config(path: Path) -> Path:
+    """Return the file that ``--config`` means: a path, or the bare name of a recipe that ships with the package.
+
+    Raises:
+        UadxError: There is neither.
+    """
+    if path.exists():
+        return path
+    recipes = {file.stem: file for file in sorted(recipe_path("stfpm").parent.glob("*.yaml"))}
+    if path.name == str(path) and path.stem in recipes:
+        return recipes[path.stem]
+    raise UadxError(f"{path}: no such configuration file", f"give a path, or a recipe that ships: {', '.join(recipes)}")
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping.
 

@@ -88,6 +88,9 @@ class Thresholds:
             ) from error
 
 
+NO_THRESHOLDS = Thresholds(Threshold(math.inf, "none", 0), source="not set")
+"""Before any were set: nothing is anomalous."""
+
 PRIOR_FREEDOM = 8
 """Weight, in degrees of freedom, of the spread common to all categories where one has few scores of its own."""
 

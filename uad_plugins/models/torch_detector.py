@@ -13,7 +13,7 @@ from uad_plugins.artifacts import Run, checked, read_json
 from uad_plugins.config import model_plugin
 from uad_plugins.detector import Detector
 from uad_plugins.errors import UadxError
-from uad_plugins.evaluation.thresholds import Thresholds
+from uad_plugins.evaluation.thresholds import NO_THRESHOLDS, Thresholds
 from uad_plugins.imaging import RgbImage
 
 
@@ -55,10 +55,23 @@ class TorchDetector(Detector):
             UadxError: The folder is no finished run, or a file in it is damaged.
         """
         run = Run.open(folder)
+        return cls.load(run, Thresholds.from_dict(read_json(run.thresholds_file)), device)
+
+    @classmethod
+    def load(cls, run: Run, thresholds: Thresholds = NO_THRESHOLDS, device: str | None = None) -> TorchDetector:
+        """Load the checkpoint of a run, finished or not.
+
+        Args:
+            run: The run.
+            thresholds: Decision thresholds; without any nothing is anomalous.
+            device: See the class.
+
+        Raises:
+            UadxError: A file of the run is damaged.
+        """
         manifest, config = run.manifest(), run.config()
         model = checked(run.checkpoint, lambda path: model_plugin(config.model.name).load(path, config))
-        thresholds = Thresholds.from_dict(read_json(run.thresholds_file))
-        return cls(model, str(folder), manifest.categories, manifest.image_size, thresholds, device)
+        return cls(model, str(run.folder), manifest.categories, manifest.image_size, thresholds, device)
 
     def infer(self, images: RgbImage) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Score a batch; see ``Detector.infer``."""

@@ -8,10 +8,13 @@
         plugin = "dated"
         files = ("bolt/2026-01-05/ok/1.png", "bolt/2026-01-06/ok/1.png", "bolt/2026-01-06/nok/1.png")
 
-``plugin`` is a registered name or the description itself. Needs pytest, which nothing else in the package does.
+``plugin`` is a registered name or the description itself. Needs pytest, which nothing else in the package does;
+``ModelConformance`` alone needs torch and anomalib.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -25,7 +28,18 @@ pytest.register_assert_rewrite(
 
 from uad_plugins.testing.common import Conformance  # noqa: E402
 from uad_plugins.testing.layouts import LayoutConformance  # noqa: E402
-from uad_plugins.testing.models import ModelConformance  # noqa: E402
 from uad_plugins.testing.runtimes import RuntimeConformance  # noqa: E402
 
+if TYPE_CHECKING:
+    from uad_plugins.testing.models import ModelConformance
+
 __all__ = ["Conformance", "LayoutConformance", "ModelConformance", "RuntimeConformance"]
+
+
+def __getattr__(name: str) -> Any:
+    # A layout is tested in a second, and without torch.
+    if name == "ModelConformance":
+        from uad_plugins.testing.models import ModelConformance
+
+        return ModelConformance
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import socket
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -54,6 +55,32 @@ class Trained:
     fetched: list[str]
 
 
+@contextmanager
+def offline(folder: Path) -> Iterator[list[str]]:
+    """Take the network, and what was downloaded before, away inside the ``with`` block.
+
+    Args:
+        folder: Below it lie the empty caches.
+
+    Yields:
+        The list to which each host that is asked for is added.
+    """
+    hosts: list[str] = []
+    lookup = socket.getaddrinfo
+
+    def refuse(host: Any, *args: Any, **kwargs: Any) -> Any:
+        if host in HERE:
+            return lookup(host, *args, **kwargs)
+        hosts.append(str(host))
+        raise OSError("conformance tests run without a network")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket, "getaddrinfo", refuse)
+        patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder / "no_hub_cache"))
+        patch.setenv("TORCH_HOME", str(folder / "no_torch_home"))
+        yield hosts
+
+
 class ModelConformance(Conformance[ModelPlugin]):
     """Checks of a ``ModelPlugin``: it is built, trained for an epoch on synthetic products, and opened again.
 
@@ -80,21 +107,10 @@ class ModelConformance(Conformance[ModelPlugin]):
         return resolve(flags=merge(merge(small, self.config), over or {}), environment={})
 
     @pytest.fixture(autouse=True)
-    def fetched(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
-        """Take the network and the caches of downloads away; return the list of hosts that are asked for."""
-        hosts: list[str] = []
-        lookup = socket.getaddrinfo
-
-        def refuse(host: Any, *args: Any, **kwargs: Any) -> Any:
-            if host in HERE:
-                return lookup(host, *args, **kwargs)
-            hosts.append(str(host))
-            raise OSError("conformance tests run without a network")
-
-        monkeypatch.setattr(socket, "getaddrinfo", refuse)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "no_hub_cache"))
-        monkeypatch.setenv("TORCH_HOME", str(tmp_path / "no_torch_home"))
-        return hosts
+    def fetched(self, tmp_path: Path) -> Iterator[list[str]]:
+        """Take the network away; see ``offline``."""
+        with offline(tmp_path) as hosts:
+            yield hosts
 
     @pytest.fixture
     def trained(self, fetched: list[str], tmp_path_factory: pytest.TempPathFactory) -> Trained:

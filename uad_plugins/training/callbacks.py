@@ -52,7 +52,7 @@ class HeldOutLoss(Callback):
     def __init__(self, categories: list[str]) -> None:
         self.categories = categories
         self.metric = MeanPerCategory(len(categories))
-        self.latest: dict[str, float] = {}
+        self.best: dict[str, Any] = {"val_loss": None, "epoch": 0, "categories": {}}
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start afresh on the module's device."""
@@ -81,9 +81,21 @@ class HeldOutLoss(Callback):
         means = self.metric.compute().reshape(-1)
         known = means[~torch.isnan(means)]
         value = known.mean() if len(known) else torch.tensor(float("nan"), device=pl_module.device)
-        self.latest = {n: float(v) for n, v in zip(self.categories, means, strict=True) if not math.isnan(float(v))}
         # Every process has the same value already.
         pl_module.log(MONITOR, value.float(), sync_dist=False, prog_bar=True)
+        # As the checkpoint callback sees it, so that both agree on which epoch is the best.
+        loss = float(value.float())
+        if trainer.state.fn == "fit" and (self.best["val_loss"] is None or loss < self.best["val_loss"]):
+            each = {n: float(v) for n, v in zip(self.categories, means, strict=True) if not math.isnan(float(v))}
+            self.best = {"val_loss": loss, "epoch": trainer.current_epoch + 1, "categories": each}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the best epoch so far for the checkpoint."""
+        return dict(self.best)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the best epoch so far from a checkpoint."""
+        self.best = dict(state_dict)
 
 
 class SampleCount(Callback):

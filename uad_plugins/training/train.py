@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from anomalib.models import AnomalibModule
 from lightning.pytorch import Trainer, seed_everything
@@ -20,9 +19,9 @@ from uad_plugins.data.check import Progress
 from uad_plugins.data.datamodule import UnifiedDataModule
 from uad_plugins.data.pixel_cache import PixelCache
 from uad_plugins.data.samples import SPLITS, SampleTable
-from uad_plugins.detector import open_detector
 from uad_plugins.errors import UadxError
-from uad_plugins.evaluation.thresholds import set_thresholds, thresholds_from_samples
+from uad_plugins.evaluation.thresholds import thresholds_from_samples
+from uad_plugins.models.torch_detector import TorchDetector
 from uad_plugins.training.arguments import check_trainer_arguments
 from uad_plugins.training.callbacks import FiniteLoss, HeldOutLoss, SampleCount, TrainingProgress
 from uad_plugins.training.checkpointing import AtomicCheckpointIO, BestAndLast
@@ -176,19 +175,22 @@ def _fit(
     )
     checkpoint = run.last_checkpoint if run.last_checkpoint.is_file() else None
     started = time.monotonic()
-    trainer.fit(model, datamodule=module, ckpt_path=checkpoint)
+    try:
+        trainer.fit(model, datamodule=module, ckpt_path=checkpoint)
+    except SystemExit as stop:
+        # Lightning leaves the process by itself on Ctrl-C, without a word.
+        hint = f"continue it with --resume; the checkpoints in {run.folder} are whole"
+        raise UadxError("training was interrupted", hint, exit_code=130) from stop
     seconds = time.monotonic() - started
-    if trainer.interrupted:
-        raise UadxError("training was interrupted", f"continue it with --resume; {run.folder} is whole", exit_code=130)
     if trainer.is_global_zero and not run.checkpoint.is_file():
         # No validation ran after a step (a memory bank filled in one epoch, say): what was learnt last is what there is.
         trainer.save_checkpoint(run.checkpoint)
-    score = best.best_model_score
     return {
         "main": trainer.is_global_zero,
+        "best_epoch": held_out.best["epoch"] or trainer.current_epoch,
         "epochs": trainer.current_epoch,
-        "best_val_loss": float(score) if score is not None else None,
-        "val_loss_per_category": held_out.latest,
+        "best_val_loss": held_out.best["val_loss"],
+        "val_loss_per_category": held_out.best["categories"],
         "seconds": seconds,
         "samples_seen": seen.seen,
         "processes": trainer.world_size,
@@ -200,33 +202,21 @@ def _finish(
     run: Run, config: TrainConfig, table: SampleTable, manifest: RunManifest, fitted: dict[str, Any]
 ) -> dict[str, Any]:
     """Set the thresholds with the checkpoint kept, and write the figures."""
-    state = torch.load(run.checkpoint, map_location="cpu", weights_only=False, mmap=True)
-    best_epoch = int(state.get("epoch", fitted["epochs"])) + 1
-    del state
-    manifest = manifest.model_copy(update={"status": "finished", "checkpoint_sha256": sha256_of(run.checkpoint)})
-    placeholder = set_thresholds(np.ones(1), np.zeros(1, dtype=int), [manifest.categories[0]], source="not set yet")
-    if not run.thresholds_file.is_file():
-        write_json(run.thresholds_file, placeholder.as_dict())
-    run.write_manifest(manifest)
-    try:
-        with open_detector(run.folder) as detector:
-            thresholds = thresholds_from_samples(
-                detector,
-                table,
-                table.where(split="val"),
-                method=config.thresholds.method,
-                target_fpr=config.thresholds.target_fpr,
-                kind="held out from training",
-            )
-    except BaseException:
-        run.write_manifest(manifest.model_copy(update={"status": "training"}))
-        raise
+    with TorchDetector.load(run) as detector:
+        thresholds = thresholds_from_samples(
+            detector,
+            table,
+            table.where(split="val"),
+            method=config.thresholds.method,
+            target_fpr=config.thresholds.target_fpr,
+            kind="held out from training",
+        )
     write_json(run.thresholds_file, thresholds.as_dict())
     metrics = {
-        "best_epoch": best_epoch,
         **{key: value for key, value in fitted.items() if key != "main"},
         "thresholds": {name: threshold.value for name, threshold in thresholds.categories.items()},
     }
     write_json(run.metrics_file, metrics)
-    run.write_manifest(manifest)
+    # Last of all: from here on the run is finished.
+    run.write_manifest(manifest.model_copy(update={"status": "finished", "checkpoint_sha256": sha256_of(run.checkpoint)}))
     return metrics

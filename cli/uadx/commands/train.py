@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from uad_plugins.config import from_assignments, from_environment, merge, put, read_yaml, resolve
+from uad_plugins.config import find_config, from_assignments, from_environment, merge, put, read_yaml, resolve
 from uad_plugins.errors import UsageError, missing_extra
 from uadx.output import counting, emit_json, note, say
 
@@ -19,7 +19,10 @@ def train(
     ] = None,
     model: Annotated[str | None, typer.Option("--model", help="Method: see 'uadx plugins list'; or anomalib:CLASS.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder to write the run to.", metavar="RUN")] = None,
-    config: Annotated[Path | None, typer.Option("--config", help="YAML configuration.", metavar="FILE")] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", help="YAML file, or the name of a recipe that ships, such as stfpm_short.", metavar="FILE"),
+    ] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Set one key.", metavar="KEY=VALUE")] = None,
     backbone: Annotated[str | None, typer.Option("--backbone", help="timm backbone.")] = None,
     weights: Annotated[
@@ -60,6 +63,7 @@ def train(
     ):
         if value is not None:
             put(flags, path, value)
+    config = find_config(config) if config else None
     given = merge(merge(read_yaml(config) if config else {}, from_environment()), flags)
     resolved = resolve(file=config, flags=flags)
     try:

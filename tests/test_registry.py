@@ -153,3 +153,95 @@ def test_a_failure_is_said_once_on_stderr(install, capsys):
     finally:
         module.registry.cache_clear()
     assert capsys.readouterr().err == "uadx: plugin 'acme' was left out: ImportError: gone (see 'uadx plugins list')\n"
+
+
+def test_distribution_names_are_compared_as_package_indexes_do(install):
+    install(FakePoint("one", plugin(uadx_register_layouts=lambda: [layout("one")]), "Acme_Layouts"))
+    found = module.load(selection="acme-layouts")
+    assert "one" in found.names("layout")
+    assert found.broken == []
+
+
+@pytest.fixture
+def fresh():
+    module.registry.cache_clear()
+    yield
+    module.registry.cache_clear()
+
+
+def test_a_configuration_can_name_plugin_modules(install, fresh, monkeypatch):
+    from uad_plugins.config import resolve
+
+    monkeypatch.setitem(sys.modules, "site_layouts", plugin(uadx_register_layouts=lambda: [layout("site")]))
+    assert resolve(flags={"plugins": ["site_layouts"]}, environment={}).plugins == ["site_layouts"]
+    resolve(flags={"plugins": ["site_layouts"]}, environment={})
+    assert "site" in module.registry().names("layout")
+    with pytest.raises(UadxError, match="plugin module 'no_such_module' cannot be loaded: ModuleNotFoundError"):
+        resolve(flags={"plugins": ["no_such_module"]}, environment={})
+
+
+def test_a_layout_that_fails_to_look_does_not_stop_the_others(install, fresh, products, capsys):
+    from uad_plugins.data.layouts import recognise
+
+    bad = LayoutPlugin("bad", "a layout", lambda root: 1 / 0, lambda root: [])
+    install(FakePoint("acme", plugin(uadx_register_layouts=lambda: [bad])))
+    assert recognise(products).name == "mvtec"
+    assert "layout 'bad' could not look at" in capsys.readouterr().err
+
+
+def test_an_engine_that_fails_does_not_stop_the_others(install, fresh, trained):
+    from uad_plugins.detector import open_detector
+    from uad_plugins.hookspecs import RuntimePlugin
+
+    bad = RuntimePlugin("bad", "an engine", lambda folder: 1 / 0, priority=9)
+    install(FakePoint("acme", plugin(uadx_register_runtimes=lambda: [bad])))
+    with open_detector(trained) as detector:
+        assert detector.engine == "torch"
+    with pytest.raises(UadxError) as error:
+        open_detector(trained.parent)
+    assert "bad: ZeroDivisionError" in error.value.hint
+
+
+def test_commands_of_plugins_are_added(install, fresh, capsys):
+    import typer
+    from uadx.app import add_plugin_commands
+
+    from uad_plugins.hookspecs import CommandPlugin
+
+    single, group = typer.Typer(), typer.Typer()
+
+    @single.command(hidden=True)
+    def hello():
+        typer.echo("hello")
+
+    @group.command()
+    def inner():
+        typer.echo("inner")
+
+    group.add_typer(typer.Typer(), name="more")
+    commands = [
+        CommandPlugin("hello", "says hello", single),
+        CommandPlugin("group", "a group", group),
+        CommandPlugin("wrong", "no app", "app"),
+        CommandPlugin("train", "taken", single),
+    ]
+    install(FakePoint("acme", plugin(uadx_register_commands=lambda: commands)))
+    application = typer.Typer()
+    application.command("train")(lambda: None)
+    add_plugin_commands(application)
+    added = {command.name: command for command in application.registered_commands}
+    assert set(added) == {"train", "hello"}
+    assert (added["hello"].hidden, added["hello"].help) == (True, "says hello")
+    assert [entry.name for entry in application.registered_groups] == ["group"]
+    assert capsys.readouterr().err.splitlines() == [
+        "uadx: command 'train' of a plugin has the name of a built-in command: left out",
+        "uadx: command 'wrong' of a plugin is no Typer app: left out",
+    ]
+
+
+def test_a_requirement_below_a_package_that_is_not_there_is_missing():
+    from uad_plugins.doctor import examine
+    from uad_plugins.hookspecs import Requirement
+
+    found = examine(Requirement("no_such_package.part", "pip install it"))
+    assert (found.usable, found.detail, found.fix) == (False, "not installed", "pip install it")

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from uad_plugins.config import TrainConfig, read_yaml, validate
 from uad_plugins.errors import UadxError
+from uad_plugins.registry import use_plugins
 
 MANIFEST = "run.json"
 SCHEMA = "uadx.run/1"
@@ -168,8 +169,10 @@ class Run:
         write_json(self.folder / MANIFEST, manifest.model_dump(mode="json", by_alias=True))
 
     def config(self) -> TrainConfig:
-        """Read the resolved configuration."""
-        return validate(read_yaml(self.config_file))
+        """Read the resolved configuration, loading the plugin modules that it names."""
+        config = validate(read_yaml(self.config_file))
+        use_plugins(config.plugins)
+        return config
 
     @classmethod
     def open(cls, folder: Path) -> Run:

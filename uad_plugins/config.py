@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, field_validator
 
 from uad_plugins.errors import UadxError, UsageError, nearest
-from uad_plugins.registry import registry
+from uad_plugins.registry import registry, use_plugins
 
 ENVIRONMENT_PREFIX = "UADX_TRAIN__"
 
@@ -139,7 +139,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def from_environment(environment: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Return the configuration that ``UADX_TRAIN__SECTION__KEY`` variables give."""
     tree: dict[str, Any] = {}
-    for name, value in sorted((environment or os.environ).items()):
+    for name, value in sorted((os.environ if environment is None else environment).items()):
         if name.startswith(ENVIRONMENT_PREFIX):
             put(tree, name[len(ENVIRONMENT_PREFIX) :].lower().split("__"), parse_value(value))
     return tree
@@ -209,6 +209,8 @@ def resolve(
     given: dict[str, Any] = {}
     for source in (read_yaml(file) if file else {}, from_environment(environment), flags or {}):
         given = merge(given, source)
+    wanted = given.get("plugins")
+    use_plugins([str(name) for name in wanted] if isinstance(wanted, list) else [])
     section = given.get("model")
     name = section.get("name") if isinstance(section, Mapping) else None
     plugin = model_plugin(str(name or ModelConfig().name))

@@ -147,9 +147,17 @@ def open_detector(folder: str | Path, engine: str | None = None) -> Detector:
     if not folder.exists():
         raise UadxError(f"{folder}: no such file or folder", "give the folder that 'uadx train --out' wrote")
     runtimes = [registry().get("runtime", engine)] if engine else registry().items("runtime")
+    answers: list[str] = []
     for runtime in sorted(runtimes, key=lambda item: -item.priority):
-        detector: Detector | None = runtime.open(folder)
+        try:
+            detector: Detector | None = runtime.open(folder)
+        except UadxError:
+            raise
+        except Exception as error:
+            # An engine may be foreign code: the others must still be asked.
+            answers.append(f"{runtime.name}: {type(error).__name__}: {error}")
+            continue
         if detector is not None:
             return detector
-    tried = ", ".join(runtime.name for runtime in runtimes)
-    raise UadxError(f"{folder}: not a run, a quantized model or a bundle", f"engines asked: {tried}")
+        answers.append(runtime.name)
+    raise UadxError(f"{folder}: not a run, a quantized model or a bundle", f"engines asked: {', '.join(answers)}")

@@ -78,7 +78,12 @@ PACKAGES: tuple[Requirement, ...] = (
 
 def examine(requirement: Requirement) -> Diagnosis:
     """Find out whether a requirement is met: is it installed, and does its trial succeed."""
-    if importlib.util.find_spec(requirement.module) is None:
+    try:
+        found = importlib.util.find_spec(requirement.module)
+    except (ModuleNotFoundError, ValueError):
+        # The package that the module would be part of is not there either.
+        found = None
+    if found is None:
         return Diagnosis("package", requirement.module, False, "not installed", requirement.install)
     try:
         version = importlib.metadata.version(requirement.module)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import os
+import re
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -51,6 +53,7 @@ class Registry:
 
     entries: dict[tuple[str, str], Entry] = field(default_factory=dict)
     broken: list[Broken] = field(default_factory=list)
+    manager: pluggy.PluginManager = field(default_factory=lambda: pluggy.PluginManager("uadx"))
 
     def names(self, kind: str) -> list[str]:
         """Return the sorted names of one kind."""
@@ -92,19 +95,19 @@ def load(*, strict: bool | None = None, selection: str | None = None) -> Registr
         strict = os.environ.get(STRICT_VARIABLE, "").lower() not in {"", "0", "false", "no"}
     if selection is None:
         selection = os.environ.get(LOAD_VARIABLE)
-    wanted = None if selection is None else {name.strip() for name in selection.split(",") if name.strip()}
+    wanted = None if selection is None else {_normal(name) for name in selection.split(",") if name.strip()}
 
-    manager = pluggy.PluginManager("uadx")
-    manager.add_hookspecs(hookspecs)
     registry = Registry()
+    manager = registry.manager
+    manager.add_hookspecs(hookspecs)
     for module_name in BUILTINS:
         _register(manager, registry, module_name, "uadx", _version("uadx"), lambda m=module_name: importlib.import_module(m))
     found: set[str] = set()
     for point in importlib.metadata.entry_points(group=hookspecs.ENTRY_POINT_GROUP):
         distribution = point.dist.name if point.dist else "unknown"
-        if wanted is not None and not wanted & {point.name, distribution}:
+        if wanted is not None and not wanted & {_normal(point.name), _normal(distribution)}:
             continue
-        found |= {point.name, distribution}
+        found |= {_normal(point.name), _normal(distribution)}
         _attempt(
             registry,
             point.name,
@@ -115,7 +118,8 @@ def load(*, strict: bool | None = None, selection: str | None = None) -> Registr
                 manager, registry, p.name, d, p.dist.version if p.dist else "", p.load
             ),
         )
-    for name in sorted((wanted or set()) - found):
+    named = [name.strip() for name in (selection or "").split(",") if name.strip() and _normal(name) not in found]
+    for name in sorted(named):
         _attempt(
             registry,
             name,
@@ -178,6 +182,11 @@ def _register(
     registry.entries.update(fresh)
 
 
+def _normal(name: str) -> str:
+    """Return a distribution's name as package indexes compare it."""
+    return re.sub(r"[-_.]+", "-", name.strip()).lower()
+
+
 def _version(distribution: str) -> str:
     try:
         return importlib.metadata.version(distribution)
@@ -192,3 +201,23 @@ def registry() -> Registry:
     for plugin in loaded.broken:
         sys.stderr.write(f"uadx: plugin '{plugin.name}' was left out: {plugin.reason} (see 'uadx plugins list')\n")
     return loaded
+
+
+def use_plugins(modules: Iterable[str]) -> None:
+    """Load plugin modules that are named rather than installed, into the process-wide registry.
+
+    Raises:
+        UadxError: One cannot be loaded: whoever names a module wants it.
+    """
+    known = registry()
+    for name in modules:
+        if known.manager.has_plugin(name):
+            continue
+        try:
+            _register(known.manager, known, name, name, "", lambda n=name: importlib.import_module(n))
+        except Exception as error:
+            # A plugin is foreign code and may raise anything.
+            reason = error.message if isinstance(error, UadxError) else f"{type(error).__name__}: {error}"
+            raise UadxError(
+                f"plugin module '{name}' cannot be loaded: {reason}", "check 'plugins' in the configuration"
+            ) from error

@@ -58,13 +58,16 @@ def add_plugin_commands(application: typer.Typer) -> None:
         if command.name in taken:
             sys.stderr.write(f"uadx: command '{command.name}' of a plugin has the name of a built-in command: left out\n")
             continue
-        single = command.app.registered_callback is None and len(command.app.registered_commands) == 1
-        if single:
-            callback = command.app.registered_commands[0].callback
-            assert callback is not None  # registered by a decorator on a function
-            application.command(command.name, help=command.summary)(callback)
+        if not isinstance(command.app, typer.Typer):
+            sys.stderr.write(f"uadx: command '{command.name}' of a plugin is no Typer app: left out\n")
+            continue
+        own = command.app
+        if own.registered_callback is None and len(own.registered_commands) == 1 and not own.registered_groups:
+            (single,) = own.registered_commands
+            single.name, single.help = command.name, single.help or command.summary
+            application.registered_commands.append(single)
         else:
-            application.add_typer(command.app, name=command.name, help=command.summary)
+            application.add_typer(own, name=command.name, help=command.summary)
         taken.add(command.name)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,12 +20,22 @@ def recognise(root: Path) -> LayoutPlugin:
     """
     layouts: list[LayoutPlugin] = registry().items("layout")
     confidence, _, best = max(
-        ((layout.recognise(root), layout.priority, layout) for layout in layouts), key=lambda entry: entry[:2]
+        ((_confidence(layout, root), layout.priority, layout) for layout in layouts), key=lambda entry: entry[:2]
     )
     if confidence <= 0:
         shapes = "; ".join(f"{layout.name}: {layout.summary}" for layout in layouts)
         raise UadxError(f"{root}: no known layout of images", f"known layouts: {shapes}")
     return best
+
+
+def _confidence(layout: LayoutPlugin, root: Path) -> float:
+    """Ask a layout; one that fails to answer does not recognise the folder."""
+    try:
+        return layout.recognise(root)
+    except Exception as error:
+        # A layout may be foreign code: the others must still be asked.
+        sys.stderr.write(f"uadx: layout '{layout.name}' could not look at {root}: {type(error).__name__}: {error}\n")
+        return 0.0
 
 
 def scan(root: str | Path, layout: str | None = None, categories: Sequence[str] | None = None) -> SampleTable:

@@ -29,7 +29,7 @@ bench: $(VENV)/.dev
 
 $(VENV)/.train: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) ".[train]"
+	$(PIP) -e ".[train]"
 	touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt

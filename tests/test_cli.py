@@ -163,7 +163,7 @@ def test_an_unreadable_test_image_is_left_out_and_the_exit_status_says_so(uadx, 
     assert status == 1
     assert json.loads(out)["categories"]["fabric"]["normal"] == 3
     assert json.loads(out)["unreadable"] == {f"fabric/test/good/{victim.name}": "empty file"}
-    assert "empty file: left out" in err
+    assert err == f"warning: fabric/test/good/{victim.name}: empty file\n"
 
 
 def test_an_unknown_category_is_judged_by_the_pooled_threshold(uadx, products, trained, tmp_path):
@@ -209,6 +209,18 @@ def test_predict_takes_files_folders_and_globs(uadx, products, trained, tmp_path
     assert (out_dir / "predictions.csv").exists()
 
 
+def test_predict_never_overwrites_an_image(uadx, products, trained, tmp_path):
+    folder = shutil.copytree(products / "washer" / "test" / "good", tmp_path / "images")
+    first = sorted(folder.iterdir())[0]
+    Image.open(first).save(first.with_suffix(".bmp"))
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    status, out, _ = uadx("predict", trained, folder, "--out", folder, "--json")
+    assert status == 0
+    assert {path: path.read_bytes() for path in before} == before
+    maps = [row["map"] for row in json.loads(out)["predictions"]]
+    assert len(set(maps)) == len(before) == 5
+
+
 def test_predict_prints_a_line_an_image(uadx, products, trained):
     image = sorted((products / "washer" / "test" / "good").iterdir())[0]
     status, out, err = uadx("predict", trained, image)
@@ -223,11 +235,16 @@ def test_predict_prints_a_line_an_image(uadx, products, trained):
 def test_thresholds_are_set_anew(uadx, products, trained, tmp_path):
     run = shutil.copytree(trained, tmp_path / "run")
     before = (run / "thresholds.json").read_text()
-    status, out, _ = uadx("thresholds", run, products, "--method", "best-f1", "--dry-run", "--json")
+    copy = shutil.copytree(products, tmp_path / "labelled")
+    status, out, _ = uadx("thresholds", run, copy, "--method", "best-f1", "--dry-run", "--json")
     assert (status, (run / "thresholds.json").read_text()) == (0, before)
     status, out, _ = uadx("thresholds", run, products, "--target-fpr", "0.2", "--json")
     assert status == 0
     assert json.loads(out) == json.loads((run / "thresholds.json").read_text())
+    assert json.loads(out)["source"] == "3 normal images held out from training"
+    copy = shutil.copytree(products, tmp_path / "more")
+    status, out, _ = uadx("thresholds", run, copy, "--target-fpr", "0.2", "--json")
+    assert status == 0
     assert json.loads(out)["categories"]["fabric"]["normal"] == 14
 
 

@@ -39,7 +39,7 @@ def unbroken(products, tmp_path_factory):
 
 @pytest.mark.parametrize("write", [1, 2, 3, 4, 5, 6, 7])
 def test_killed_while_a_checkpoint_is_written(products, unbroken, tmp_path, monkeypatch, write):
-    """The n-th write of a checkpoint is cut in the middle; best and last are written in turn."""
+    """The n-th write of a checkpoint is cut in the middle; the best (when it is) and the last are written in turn."""
     count = 0
     whole = AtomicCheckpointIO.save_checkpoint
 

@@ -15,7 +15,7 @@ from uad_plugins.data.layouts import scan
 from uad_plugins.data.samples import hold_out
 from uad_plugins.detector import open_detector
 from uad_plugins.errors import UadxError, UsageError
-from uad_plugins.training.run_folder import open_folder, resumed_config
+from uad_plugins.training.run_folder import check_folder, locked, resumed_config
 from uad_plugins.training.train import train
 
 
@@ -45,7 +45,10 @@ def test_the_run_holds_all_that_later_verbs_need(trained):
 def test_the_resolved_configuration_trains_the_same(trained):
     config = yaml.safe_load((trained / "config.yaml").read_text())
     assert (config["optimizer"]["lr"], config["data"]["image_size"], config["trainer"]["max_epochs"]) == (1.0, 64, 2)
-    assert Run(trained).config() == small_config()
+    stored, asked = Run(trained).config(), small_config()
+    # The method's own wishes for the trainer are written down too.
+    assert stored.trainer == {**asked.trainer, "gradient_clip_val": 0, "num_sanity_val_steps": 0}
+    assert stored.model_copy(update={"trainer": {}}) == asked.model_copy(update={"trainer": {}})
 
 
 def test_both_logs_are_written(trained):
@@ -179,10 +182,68 @@ def test_a_foreign_folder_is_not_touched(products, tmp_path):
     (tmp_path / "precious" / "thesis.txt").write_text("years of work")
     for options in ({}, {"resume": True}, {"overwrite": True}):
         with pytest.raises(UadxError, match="is not empty and holds no run"):
-            open_folder(tmp_path / "precious", **{"resume": False, "overwrite": False, **options})
+            check_folder(Run(tmp_path / "precious"), **{"resume": False, "overwrite": False, **options})
     assert (tmp_path / "precious" / "thesis.txt").read_text() == "years of work"
     with pytest.raises(UsageError, match="contradict"):
-        open_folder(tmp_path / "new", resume=True, overwrite=True)
+        check_folder(Run(tmp_path / "new"), resume=True, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("data", "over", "message"),
+    [
+        ("nowhere", {}, "no such file or folder"),
+        (None, {"model": {"weights": "nowhere.pth"}}, "no such file or folder of backbone weights"),
+        (None, {"data": {"categories": ["fabrik"]}}, "unknown category"),
+    ],
+)
+def test_a_run_is_replaced_only_when_its_successor_can_begin(products, trained, tmp_path, data, over, message):
+    run = shutil.copytree(trained, tmp_path / "run")
+    before = {path.name: path.stat().st_mtime_ns for path in run.iterdir()}
+    with pytest.raises(UadxError, match=message):
+        small_run(products if data is None else tmp_path / data, run, over, overwrite=True)
+    assert {path.name: path.stat().st_mtime_ns for path in run.iterdir()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+def test_two_trainings_cannot_write_to_one_run(products, tmp_path):
+    run = Run(tmp_path / "run")
+    with locked(run), pytest.raises(UadxError, match="another training is writing to it"):
+        small_run(products, run.folder)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_asked_for_wins_over_what_the_method_suggests(products, tmp_path):
+    given = {"trainer": {"gradient_clip_val": 0.5, "max_epochs": 1}}
+    small_run(products, tmp_path / "run", given, given=given)
+    assert Run(tmp_path / "run").config().trainer["gradient_clip_val"] == 0.5
+    small_run(products, tmp_path / "other", {"trainer": {"max_epochs": 1}})
+    assert Run(tmp_path / "other").config().trainer["gradient_clip_val"] == 0
+
+
+def test_what_a_memory_bank_needs_cannot_be_overruled(products, tmp_path):
+    over = {"model": {"name": "anomalib:Padim"}, "trainer": {"max_epochs": 3}}
+    with pytest.raises(UsageError, match="anomalib:Padim needs trainer.max_epochs to be 1, not 3"):
+        small_run(products, tmp_path / "run", over, given=over)
+    small_run(products, tmp_path / "run", over)
+    assert Run(tmp_path / "run").config().trainer["max_epochs"] == 1
+
+
+def test_reverse_distillation_names_the_sizes_it_takes(products, tmp_path):
+    over = {"model": {"name": "reverse_distillation"}, "data": {"image_size": 100}}
+    with pytest.raises(UsageError, match="multiples of 32, not 100x100") as error:
+        small_run(products, tmp_path / "run", over)
+    assert error.value.hint == "use 96"
+
+
+def test_best_f1_without_labels_is_refused_before_training(products, tmp_path):
+    with pytest.raises(UadxError, match="best-f1 needs defective images in the validation split"):
+        small_run(products, tmp_path / "run", {"thresholds": {"method": "best-f1"}})
+
+
+def test_methods_without_a_backbone_refuse_weights(products, tmp_path):
+    over = {"model": {"name": "anomalib:Ganomaly", "backbone": None, "weights": "bundled"}}
+    with pytest.raises(UadxError, match="Ganomaly has no backbone that could be given weights"):
+        small_run(products, tmp_path / "run", over)
 
 
 def test_a_finished_run_can_be_trained_on(products, trained, tmp_path):
@@ -208,10 +269,34 @@ def test_a_resumed_training_refuses_other_data(products, trained, tmp_path):
         small_run(data, run, resume=True)
 
 
+def test_a_moved_run_keeps_its_best_checkpoint(products, trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "elsewhere")
+    before, metrics = sha256_of(run / "model.ckpt"), read_json(run / "metrics.json")
+    # A learning rate so high that no later epoch is better.
+    given = {"trainer": {"max_epochs": 3}}
+    config = Run(run).config()
+    config.optimizer.lr, config.optimizer.schedule = 50.0, "constant"
+    (run / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    state = torch.load(run / "last.ckpt", weights_only=False)
+    for optimizer in state["optimizer_states"]:
+        optimizer["param_groups"][0].update(lr=50.0, initial_lr=50.0)
+    state["lr_schedulers"] = []
+    torch.save(state, run / "last.ckpt")
+    after = train(small_config(given), products, run, given=given, resume=True, interactive=False)
+    assert after["best_val_loss"] == metrics["best_val_loss"]
+    assert after["best_epoch"] == metrics["best_epoch"]
+    assert sha256_of(run / "model.ckpt") == before
+    assert torch.load(run / "last.ckpt", weights_only=False)["epoch"] == 2
+
+
 def test_a_damaged_checkpoint_is_named(trained, tmp_path):
     run = shutil.copytree(trained, tmp_path / "run")
     content = (run / "model.ckpt").read_bytes()
     (run / "model.ckpt").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UadxError, match="is not the checkpoint that was trained"):
+        open_detector(run)
+    manifest = Run(run).manifest()
+    Run(run).write_manifest(manifest.model_copy(update={"checkpoint_sha256": None}))
     with pytest.raises(UadxError, match="model.ckpt: cannot be read"):
         open_detector(run)
 

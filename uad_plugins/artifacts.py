@@ -18,11 +18,15 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from uad_plugins.config import TrainConfig, read_yaml, validate
-from uad_plugins.errors import UadxError
+from uad_plugins.errors import UadxError, reason_of
 from uad_plugins.registry import use_plugins
 
 MANIFEST = "run.json"
 SCHEMA = "uadx.run/1"
+
+# It can only be read by setting it.
+_UMASK = os.umask(0)
+os.umask(_UMASK)
 
 
 @contextmanager
@@ -39,7 +43,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o644)
+        temporary.chmod(0o666 & ~_UMASK)
         os.replace(temporary, path)  # noqa: PTH105
     finally:
         temporary.unlink(missing_ok=True)
@@ -130,7 +134,7 @@ class Run:
 
     @property
     def last_checkpoint(self) -> Path:
-        """The newest checkpoint with the state of the optimizer."""
+        """The checkpoint of the last whole epoch, with the state of the optimizer."""
         return self.folder / "last.ckpt"
 
     @property
@@ -199,5 +203,6 @@ def checked(path: Path, reader: Callable[[Path], Any]) -> Any:
         raise
     except Exception as error:
         # torch and zipfile raise many kinds for a damaged file.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UadxError(f"{path}: cannot be read: {reason}", "the file is damaged or of another version") from error
+        raise UadxError(
+            f"{path}: cannot be read: {reason_of(error)}", "the file is damaged or of another version"
+        ) from error

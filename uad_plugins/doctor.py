@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from uad_plugins.errors import reason_of
 from uad_plugins.hookspecs import Requirement
 from uad_plugins.registry import registry
 
@@ -93,7 +94,7 @@ def examine(requirement: Requirement) -> Diagnosis:
         reason = requirement.check() if requirement.check else None
     except Exception as error:
         # A broken driver or library can raise anything at all.
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}".rstrip(": ")
+        reason = f"{type(error).__name__}: {reason_of(error)}"
     if reason is not None:
         return Diagnosis("package", requirement.module, False, f"{version}: {reason}", requirement.install)
     return Diagnosis("package", requirement.module, True, version)
@@ -112,7 +113,13 @@ def diagnose() -> list[Diagnosis]:
             else:
                 found.append(Diagnosis(kind, item.name, True, item.summary))
     found += [
-        Diagnosis("plugin", plugin.name, False, plugin.reason, f"pip install --upgrade {plugin.distribution or plugin.name}")
+        Diagnosis(
+            "plugin",
+            plugin.name,
+            False,
+            plugin.reason,
+            f"pip install --upgrade {plugin.distribution}" if plugin.distribution else "unset UADX_LOAD_PLUGINS",
+        )
         for plugin in registry().broken
     ]
     return found

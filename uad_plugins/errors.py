@@ -32,6 +32,12 @@ class UsageError(UadxError):
         super().__init__(message, hint, exit_code=2)
 
 
+def reason_of(error: BaseException) -> str:
+    """Return the first line of what an exception says, or its kind when it says nothing."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """Return the known name most like ``name``, or None when nothing is close."""
     candidates = list(known)

@@ -80,12 +80,13 @@ def read_rgb(path: str | os.PathLike[str]) -> Image.Image:
 
 
 def read_mask(path: str | os.PathLike[str]) -> NDArray[np.bool_]:
-    """Decode a ground-truth mask: bool array ``(H, W)``, True where any channel is above 0.
+    """Decode a ground-truth mask: bool array ``(H, W)``, True where any channel is above 0 (JPEG: above half).
 
     Raises:
         ImageError: The file cannot be decoded.
     """
     with open_image(path) as image:
+        lossy = image.format in {"JPEG", "MPO"}
         try:
             ImageOps.exif_transpose(image, in_place=True)
             if image.mode in {"P", "PA"}:
@@ -95,7 +96,8 @@ def read_mask(path: str | os.PathLike[str]) -> NDArray[np.bool_]:
             pixels = np.asarray(image)
         except _DAMAGE as error:
             raise ImageError(f"{path}: {_reason(path, error)}") from error
-    positive = np.asarray(pixels > 0)
+    # Lossy compression rings around the edges of a mask.
+    positive = np.asarray(pixels > (127 if lossy else 0))
     return np.asarray(positive.any(axis=2)) if positive.ndim == 3 else positive
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pluggy
 
 from uad_plugins import hookspecs
-from uad_plugins.errors import UadxError, unknown_name
+from uad_plugins.errors import UadxError, reason_of, unknown_name
 
 BUILTINS = (
     "uad_plugins.data.plugin",
@@ -134,10 +134,9 @@ def load(*, strict: bool | None = None, selection: str | None = None) -> Registr
 def _attempt(registry: Registry, name: str, distribution: str, version: str, strict: bool, action: Any) -> None:
     try:
         action()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         # A plugin is foreign code: whatever it raises must not take the program down.
-        reason = str(error) if isinstance(error, UadxError) else f"{type(error).__name__}: {error}"
-        reason = reason.splitlines()[0] if reason else type(error).__name__
+        reason = str(error) if isinstance(error, UadxError) else f"{type(error).__name__}: {reason_of(error)}"
         if strict:
             raise UadxError(
                 f"plugin '{name}' failed to load: {reason}", f"fix it or leave {STRICT_VARIABLE} unset"
@@ -215,9 +214,9 @@ def use_plugins(modules: Iterable[str]) -> None:
             continue
         try:
             _register(known.manager, known, name, name, "", lambda n=name: importlib.import_module(n))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             # A plugin is foreign code and may raise anything.
-            reason = error.message if isinstance(error, UadxError) else f"{type(error).__name__}: {error}"
+            reason = error.message if isinstance(error, UadxError) else f"{type(error).__name__}: {reason_of(error)}"
             raise UadxError(
                 f"plugin module '{name}' cannot be loaded: {reason}", "check 'plugins' in the configuration"
             ) from error

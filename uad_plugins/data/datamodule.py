@@ -255,6 +255,7 @@ class UnifiedDataModule(AnomalibDataModule):
         self._verified = True
         if cache is not None:
             cache.finish()
+        if cache is not None and cache.complete:
             self._cache, first = cache, 0
             for split, paths in wanted.items():
                 kept = [row for row, path in enumerate(paths, start=first) if path not in self.skipped]

@@ -27,6 +27,9 @@ class PixelCache:
     Args:
         path: The file; made by ``write``.
         image_size: ``(height, width)``.
+
+    Attributes:
+        complete: False once an image could not be stored.
     """
 
     def __init__(self, path: Path, image_size: tuple[int, int]) -> None:
@@ -35,6 +38,7 @@ class PixelCache:
         self.bytes_per_image = int(np.prod(self.shape))
         self._lock = threading.Lock()
         self._writer: BinaryIO | None = None
+        self.complete = True
 
     def fits(self, images: int) -> bool:
         """Tell whether so many images stay below the limit and leave half of the free disk free."""
@@ -45,15 +49,24 @@ class PixelCache:
         """Resize an RGB image and store it; rows may come in any order and from any thread."""
         pixels = resize_rgb(image, (self.shape[0], self.shape[1])).tobytes()
         with self._lock:
-            if self._writer is None:
-                self._writer = self.path.open("wb")
-            self._writer.seek(row * self.bytes_per_image)
-            self._writer.write(pixels)
+            if not self.complete:
+                return
+            try:
+                if self._writer is None:
+                    self._writer = self.path.open("wb")
+                self._writer.seek(row * self.bytes_per_image)
+                self._writer.write(pixels)
+            except OSError:
+                # The disk is full: training goes on without the cache.
+                self.complete = False
 
     def finish(self) -> None:
         """Make everything written readable."""
         if self._writer is not None:
-            self._writer.close()
+            try:
+                self._writer.close()
+            except OSError:
+                self.complete = False
             self._writer = None
 
     def read(self, row: int) -> RgbImage:

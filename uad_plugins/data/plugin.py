@@ -13,5 +13,6 @@ def uadx_register_layouts() -> list[LayoutPlugin]:
         LayoutPlugin("mvtec", mvtec.SUMMARY, mvtec.recognise, mvtec.scan),
         LayoutPlugin("visa", visa.SUMMARY, visa.recognise, visa.scan),
         LayoutPlugin("folder", folder.SUMMARY, folder.recognise, folder.scan),
-        LayoutPlugin("index", index.SUMMARY, index.recognise, index.scan),
+        # Whoever writes an index means it, whatever else the folder looks like.
+        LayoutPlugin("index", index.SUMMARY, index.recognise, index.scan, priority=1),
     ]

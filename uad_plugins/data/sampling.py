@@ -53,7 +53,6 @@ class CategorySampler(DistributedSampler[int]):
 
     def order(self, epoch: int) -> NDArray[np.int64]:
         """Return the sample indices of one epoch, over all processes, before they are shared out."""
-        generator = np.random.default_rng([self.seed, epoch])
         if self.mode == NATURAL:
             return self._draw(np.arange(len(self.category_index)), self.length, self.length * epoch)
         groups = [np.flatnonzero(self.category_index == value) for value in np.unique(self.category_index)]
@@ -62,7 +61,7 @@ class CategorySampler(DistributedSampler[int]):
         shares[(np.arange(self.length % len(groups)) + epoch) % len(groups)] += 1
         usual = -(-self.length // len(groups))
         drawn = [self._draw(group, int(share), usual * epoch) for group, share in zip(groups, shares, strict=True)]
-        return generator.permutation(np.concatenate(drawn))
+        return np.random.default_rng([self.seed, epoch]).permutation(np.concatenate(drawn))
 
     def _draw(self, group: NDArray[np.int64], count: int, offset: int) -> NDArray[np.int64]:
         """Take ``count`` indices from an endless sequence of permutations of the group, from position ``offset`` on."""

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from uad_plugins.artifacts import write_json, write_text
-from uad_plugins.data.samples import NORMAL, Sample, SampleTable
+from uad_plugins.artifacts import atomic_path, write_json, write_text
+from uad_plugins.data.samples import NORMAL, Sample, SampleTable, relative_to
 from uad_plugins.detector import Detector, Prediction
 from uad_plugins.errors import UadxError
 from uad_plugins.evaluation.metrics import CategoryMetrics
 from uad_plugins.evaluation.overlays import label, outline, overlay, panel
-from uad_plugins.evaluation.rows import to_csv, verdict
+from uad_plugins.evaluation.rows import describe, picture_names, to_csv, verdict
 from uad_plugins.imaging import ImageError, read_mask, read_rgb, resize_mask
 
 Progress = Callable[[int, int], None]
@@ -74,6 +74,7 @@ def evaluate(
     if not indices:
         raise UadxError(f"{table.root}: no test images", "put them into CATEGORY/test/good and CATEGORY/test/DEFECT")
     shown = _examples(table, examples)
+    names = picture_names([table.paths[index] for index in indices], ".jpg") if out is not None else {}
     masked = set(table.masked_categories())
     metrics, result = CategoryMetrics(), Evaluation({})
     unreadable: dict[str, str] = {}
@@ -83,14 +84,15 @@ def evaluate(
         error = prediction.failure
         mask = None
         if not error and sample.category in masked and prediction.anomaly_map is not None:
-            mask = _truth(sample, prediction.anomaly_map.shape, unreadable)
+            mask = _truth(sample, prediction.anomaly_map.shape, table, unreadable)
         if error:
             unreadable[table.relative(index)] = error
         else:
             metrics.add(sample.category, sample.label, prediction.score, prediction.anomaly_map, mask)
         result.rows.append(_row(detector, table, index, sample, prediction, error))
         if out is not None and (all_maps or index in shown) and not error:
-            path = _write_picture(detector, sample, prediction, mask, out / "maps" / table.relative(index))
+            path = out / "maps" / names[sample.path]
+            _write_picture(detector, sample, prediction, mask, path)
             caption = f"{table.relative(index)}: {verdict(prediction.score, detector.thresholds.of(sample.category))}"
             result.pictures.append(Picture(sample.category, caption, path, index in shown))
         if progress is not None:
@@ -121,13 +123,16 @@ def _examples(table: SampleTable, count: int) -> set[int]:
     return chosen
 
 
-def _truth(sample: Sample, shape: tuple[int, ...], unreadable: dict[str, str]) -> NDArray[np.bool_] | None:
+def _truth(
+    sample: Sample, shape: tuple[int, ...], table: SampleTable, unreadable: dict[str, str]
+) -> NDArray[np.bool_] | None:
     """Return the ground truth at the map's size; None where a defective image has no usable mask."""
     if sample.mask:
         try:
             return resize_mask(read_mask(sample.mask), (shape[0], shape[1]))
         except ImageError as error:
-            unreadable[sample.mask] = error.message
+            reason = error.message.removeprefix(f"{sample.mask}: ")
+            unreadable[relative_to(sample.mask, table.root)] = f"{reason}; its image counts, its pixels do not"
             return None
     return np.zeros(shape, dtype=bool) if sample.label == NORMAL else None
 
@@ -149,22 +154,17 @@ def _row(
 
 
 def _write_picture(
-    detector: Detector, sample: Sample, prediction: Prediction, mask: NDArray[np.bool_] | None, name: Path
-) -> Path:
+    detector: Detector, sample: Sample, prediction: Prediction, mask: NDArray[np.bool_] | None, path: Path
+) -> None:
     """Write the image with its ground truth beside its heat map."""
     image = read_rgb(sample.path)
     assert prediction.anomaly_map is not None  # only readable images get here
     threshold = detector.thresholds.of(sample.category)
     heat = overlay(image, prediction.anomaly_map, threshold)
-    judged = verdict(prediction.score, threshold)
+    judged = f"{describe(prediction.score, threshold)}: {verdict(prediction.score, threshold)}"
     truth = outline(image, mask) if mask is not None and mask.any() else image
-    path = name.with_suffix(".jpg")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet = panel(
-        [label(truth, sample.defect), label(heat, f"{prediction.score / threshold:.2f} x threshold: {judged}")], 256
-    )
-    sheet.save(path, quality=88)
-    return path
+    with atomic_path(path) as temporary:
+        panel([label(truth, sample.defect), label(heat, judged)], 256).save(temporary, format="JPEG", quality=88)
 
 
 def _decisions(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -29,8 +29,14 @@ def colours(values: NDArray[np.float32]) -> NDArray[np.uint8]:
 
 
 def relative_to_threshold(anomaly_map: NDArray[np.float32], threshold: float) -> NDArray[np.float32]:
-    """Scale a map so that the decision threshold lies at 0.5; the result is clipped to 0..1."""
-    return np.clip(anomaly_map / max(2 * threshold, 1e-12), 0, 1).astype(np.float32)
+    """Scale a map so that the decision threshold lies at 0.5; the result is clipped to 0..1.
+
+    Without a positive threshold the map's own range is shown.
+    """
+    if threshold > 0 and np.isfinite(threshold):
+        return np.clip(anomaly_map / (2 * threshold), 0, 1).astype(np.float32)
+    low, high = float(anomaly_map.min()), float(anomaly_map.max())
+    return ((anomaly_map - low) / max(high - low, 1e-12)).astype(np.float32)
 
 
 def overlay(image: Image.Image, anomaly_map: NDArray[np.float32], threshold: float) -> Image.Image:

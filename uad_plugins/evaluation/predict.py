@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from uad_plugins.data.layouts.walking import images
 from uad_plugins.detector import Detector, Prediction
 from uad_plugins.errors import UsageError, unknown_name
 from uad_plugins.evaluation.overlays import overlay
-from uad_plugins.evaluation.rows import verdict
+from uad_plugins.evaluation.rows import picture_names, verdict
 from uad_plugins.imaging import ImageError, read_rgb
 
 Progress = Callable[[int], None]
@@ -67,7 +66,7 @@ def predict(
     if not paths:
         raise UsageError("no image to predict", "give files, folders or globs; PNG, JPEG, BMP, TIFF and WebP are read")
     threshold = detector.thresholds.of(category)
-    names = _overlay_names(paths)
+    names = picture_names(paths, ".png")
     for done, prediction in enumerate(detector.stream(paths, batch_size=batch_size), start=1):
         row = _row(prediction, category, threshold)
         if out is not None and row["error"] is None:
@@ -101,25 +100,3 @@ def _write_overlay(prediction: Prediction, threshold: float, path: Path, row: di
     with atomic_path(path) as temporary:
         overlay(image, prediction.anomaly_map, threshold).save(temporary, format="PNG", compress_level=3)
     return str(path)
-
-
-def _overlay_names(paths: Sequence[str]) -> dict[str, str]:
-    """Return a name below the output folder for each image: its path below the folder common to all, made unique."""
-    absolute = {path: os.path.abspath(path) for path in paths}  # noqa: PTH100
-    parents = [os.path.dirname(path) for path in absolute.values()]  # noqa: PTH120
-    common = os.path.commonpath(parents) if parents else ""
-    names: dict[str, str] = {}
-    taken: set[str] = set()
-    for path, full in absolute.items():
-        relative = os.path.relpath(full, common)
-        stem, ending = os.path.splitext(relative)  # noqa: PTH122
-        name = f"{stem}.png"
-        if name in taken:
-            name = f"{stem}_{ending.lstrip('.').lower()}.png"
-        number = 2
-        while name in taken:
-            name = f"{stem}_{number}.png"
-            number += 1
-        taken.add(name)
-        names[path] = name
-    return names

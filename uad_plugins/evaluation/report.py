@@ -9,7 +9,7 @@ from typing import Any
 
 from uad_plugins.artifacts import write_text
 from uad_plugins.evaluation.evaluate import Evaluation
-from uad_plugins.evaluation.rows import worst_first
+from uad_plugins.evaluation.rows import describe, worst_first
 
 HEADINGS = {
     "image_auroc": "image AUROC",
@@ -114,7 +114,7 @@ def _mistakes(evaluation: Evaluation) -> str:
         return ""
     body = "".join(
         f"<tr><td>{html.escape(row['path'])}</td><td>{row['label']}</td><td>{row['verdict']}</td>"
-        f"<td>{row['score'] / row['threshold']:.2f} × threshold</td></tr>"
+        f"<td>{describe(row['score'], row['threshold'])}</td></tr>"
         for row in rows
     )
     return (

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
+from itertools import chain, count
 from typing import Any
 
 NORMAL, ANOMALOUS, ERROR = "normal", "anomalous", "error"
@@ -14,6 +16,38 @@ NORMAL, ANOMALOUS, ERROR = "normal", "anomalous", "error"
 def verdict(score: float, threshold: float) -> str:
     """Judge a score: above the threshold is anomalous."""
     return ANOMALOUS if score > threshold else NORMAL
+
+
+def describe(score: float, threshold: float) -> str:
+    """Write a score for people: as a multiple of its threshold where that means something."""
+    if threshold > 0 and score >= 0 and math.isfinite(threshold):
+        return f"{score / threshold:.2f} x threshold"
+    return f"{score:.4g} (threshold {threshold:.4g})"
+
+
+def picture_names(paths: Sequence[str], ending: str) -> dict[str, str]:
+    """Return a file name for the picture of each image, below one output folder.
+
+    It is the image's path below the folder that all have in common, with ``_map`` added: it can neither climb out of the
+    output folder nor be the name of a source image. Images that differ in their ending alone get different names.
+
+    Args:
+        paths: Image files.
+        ending: Of the pictures, with its dot.
+    """
+    absolute = {path: os.path.abspath(path) for path in paths}  # noqa: PTH100
+    common = os.path.commonpath([os.path.dirname(path) for path in absolute.values()]) if paths else ""  # noqa: PTH120
+    names: dict[str, str] = {}
+    taken: set[str] = set()
+    for path, full in absolute.items():
+        stem, own_ending = os.path.splitext(os.path.relpath(full, common))  # noqa: PTH122
+        candidates = chain(
+            [f"{stem}_map{ending}", f"{stem}_{own_ending.lstrip('.').lower()}_map{ending}"],
+            (f"{stem}_{number}_map{ending}" for number in count(2)),
+        )
+        names[path] = next(name for name in candidates if name not in taken)
+        taken.add(names[path])
+    return names
 
 
 def to_csv(rows: list[dict[str, Any]]) -> str:
@@ -28,5 +62,12 @@ def to_csv(rows: list[dict[str, Any]]) -> str:
 
 def worst_first(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Yield the wrongly decided images, the most wrong first."""
-    wrong = [row for row in rows if row["verdict"] not in {row["label"], "error"}]
-    yield from sorted(wrong, key=lambda row: -abs(math.log(max(row["score"], 1e-12) / max(row["threshold"], 1e-12))))
+    wrong = [row for row in rows if row["verdict"] not in {row["label"], ERROR}]
+
+    def distance(row: dict[str, Any]) -> float:
+        score, threshold = row["score"], row["threshold"]
+        if score > 0 and threshold > 0:
+            return abs(math.log(score / threshold))
+        return float(abs(score - threshold))
+
+    yield from sorted(wrong, key=distance, reverse=True)

@@ -181,6 +181,18 @@ def best_f1(scores: NDArray[np.floating], labels: NDArray[np.integer]) -> Thresh
     return Threshold(float((ranked[best] + below) / 2), "f1", negatives, positives)
 
 
+def check_request(method: str, target_fpr: float) -> None:
+    """Refuse a method or a rate that makes no sense.
+
+    Raises:
+        UsageError: See above.
+    """
+    if method not in {NORMAL_FPR, BEST_F1}:
+        raise UsageError(f"unknown threshold method '{method}'", f"use {NORMAL_FPR} or {BEST_F1}")
+    if not 0 < target_fpr < 1:
+        raise UsageError(f"a false-positive rate of {target_fpr} makes no sense", "it is a share: above 0, below 1")
+
+
 def set_thresholds(
     scores: NDArray[np.floating],
     labels: NDArray[np.integer],
@@ -204,10 +216,7 @@ def set_thresholds(
         UadxError: There is nothing to set a threshold from.
         UsageError: Unknown method.
     """
-    if method not in {NORMAL_FPR, BEST_F1}:
-        raise UsageError(f"unknown threshold method '{method}'", f"use {NORMAL_FPR} or {BEST_F1}")
-    if not 0 < target_fpr < 1:
-        raise UsageError(f"a false-positive rate of {target_fpr} makes no sense", "it is a share: above 0, below 1")
+    check_request(method, target_fpr)
     names = np.asarray(categories, dtype=np.str_)
     usable = np.isfinite(scores)
     normal = usable & (labels == 0)
@@ -218,7 +227,11 @@ def set_thresholds(
             return best_f1(scores[chosen], labels[chosen])
         return from_normal(scores[chosen & normal], target_fpr, common)
 
-    wanted = [name for name in sorted(set(categories)) if method == BEST_F1 or bool((normal & (names == name)).any())]
+    def has_own(name: str) -> bool:
+        mine = usable & (names == name)
+        return bool((mine & normal).any()) and (method == NORMAL_FPR or bool((mine & (labels == 1)).any()))
+
+    wanted = [name for name in sorted(set(categories)) if has_own(name)]
     return Thresholds(
         pooled=one(usable, None),
         categories={name: one(usable & (names == name), spread) for name in wanted},
@@ -249,6 +262,7 @@ def thresholds_from_samples(
         kind: Which images these are, in words.
         progress: Called with images done and images in all.
     """
+    check_request(method, target_fpr)
     used = [int(i) for i in indices if method == BEST_F1 or table.labels[int(i)] == 0]
     scores = np.empty(len(used))
     for done, prediction in enumerate(detector.stream(table.paths[i] for i in used)):
@@ -261,5 +275,5 @@ def thresholds_from_samples(
         [table.categories[int(table.category_index[i])] for i in used],
         method=method,
         target_fpr=target_fpr,
-        source=f"{len(used)} {'labelled' if method == BEST_F1 else 'normal'} images {kind}",
+        source=f"{int(np.isfinite(scores).sum())} {'labelled' if method == BEST_F1 else 'normal'} images {kind}",
     )

@@ -13,8 +13,8 @@ from anomalib.models import AnomalibModule
 from timm.models import FeatureDictNet, FeatureHookNet, FeatureListNet
 
 from uad_plugins.config import TrainConfig
-from uad_plugins.errors import UadxError, UsageError, unknown_name
-from uad_plugins.models.backbones import CHECKPOINT, HUB, alias, architectures, backbone_weights, load_backbone
+from uad_plugins.errors import UadxError, UsageError, reason_of, unknown_name
+from uad_plugins.models.backbones import CHECKPOINT, HUB, alias, architectures, backbone_weights, hub_record, load_backbone
 
 
 def classes() -> dict[str, type[AnomalibModule]]:
@@ -61,6 +61,11 @@ def build(config: TrainConfig) -> tuple[AnomalibModule, list[Any]]:
         model = _construct(cls, config, weights)
         if weights != HUB and "pre_trained" in inspect.signature(cls.__init__).parameters:
             _fill_extractors(model, weights)
+    if weights != HUB and not records:
+        raise UadxError(f"{cls.__name__} has no backbone that could be given weights", "leave --weights out")
+    if weights == HUB:
+        fetched = [hub_record(backbone, str(model.hparams.get("backbone"))) for backbone in _backbones(model)]
+        records = fetched[:1]
     if model.learning_type != LearningType.ONE_CLASS:
         raise UadxError(
             f"{cls.__name__} is a {model.learning_type.value} method: it does not learn from images of good parts",
@@ -105,11 +110,14 @@ def _options(cls: type[AnomalibModule], config: TrainConfig, weights: str) -> di
     return options
 
 
+def _backbones(model: AnomalibModule) -> list[Any]:
+    """Return the timm backbones inside a model."""
+    return [module for module in model.modules() if isinstance(module, (FeatureListNet, FeatureDictNet, FeatureHookNet))]
+
+
 def _fill_extractors(model: AnomalibModule, weights: str) -> None:
     """Load the chosen weights into every timm backbone of a model that was built without any."""
-    backbones = [
-        module for module in model.modules() if isinstance(module, (FeatureListNet, FeatureDictNet, FeatureHookNet))
-    ]
+    backbones = _backbones(model)
     architecture = model.hparams.get("backbone")
     if not backbones or not isinstance(architecture, str):
         raise UadxError(f"{type(model).__name__} takes its weights from timm's hub alone", "use --weights hub")
@@ -133,7 +141,7 @@ def _construct(cls: type[AnomalibModule], config: TrainConfig, weights: str) -> 
         raise
     except Exception as error:
         # Forty foreign constructors, each with its own ideas of what to raise.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = reason_of(error)
         raise UadxError(
             f"anomalib's {cls.__name__} cannot be built: {reason}",
             "check model.options and model.backbone; methods that fetch weights of their own need a network",

@@ -22,7 +22,7 @@ import timm
 import torch
 from torch import nn
 
-from uad_plugins.errors import UadxError, unknown_name
+from uad_plugins.errors import UadxError, reason_of, unknown_name
 
 HUB, BUNDLED, CHECKPOINT = "hub", "bundled", "checkpoint"
 """Sources besides a path. ``checkpoint``: the weights come with the checkpoint that is being loaded."""
@@ -168,15 +168,20 @@ def _from_hub(architecture: str) -> tuple[dict[str, torch.Tensor], WeightsRecord
         model = timm.create_model(architecture, pretrained=True)
     except Exception as error:
         # The hub client, its transport and timm each raise their own kinds.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = reason_of(error)
         raise UadxError(f"weights of {architecture} cannot be fetched from timm's hub: {reason}", WAYS_OUT) from error
+    return model.state_dict(), hub_record(model, architecture)
+
+
+def hub_record(model: nn.Module, architecture: str) -> WeightsRecord:
+    """Describe weights that timm has fetched into a backbone."""
     state = model.state_dict()
     digest = hashlib.sha256()
     for name in sorted(state):
         digest.update(name.encode() + state[name].cpu().contiguous().numpy().tobytes())
     cfg = getattr(model, "pretrained_cfg", None) or {}
     origin = str(cfg.get("hf_hub_id") or cfg.get("url") or architecture)
-    return state, WeightsRecord(HUB, architecture, origin, digest.hexdigest())
+    return WeightsRecord(HUB, architecture, origin, digest.hexdigest())
 
 
 def _find_file(path: Path, architecture: str) -> Path:
@@ -208,7 +213,7 @@ def _from_file(path: Path, architecture: str, source: str) -> tuple[dict[str, to
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = reason_of(error)
         raise UadxError(f"{path}: not a readable state dict: {reason}", WAYS_OUT) from error
     for key in ("state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):

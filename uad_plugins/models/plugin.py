@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from uad_plugins.config import TrainConfig, recipe_path
-from uad_plugins.errors import missing_extra
+from uad_plugins.errors import UsageError, missing_extra
 from uad_plugins.hookspecs import ModelPlugin, Requirement, RuntimePlugin, hookimpl
 
 if TYPE_CHECKING:
@@ -66,6 +68,12 @@ def _load_stfpm(checkpoint: Path, _config: TrainConfig) -> Any:
 
 
 def _build_reverse_distillation(config: TrainConfig) -> Any:
+    if any(side % 32 for side in config.data.size):
+        height, width = config.data.size
+        raise UsageError(
+            f"Reverse Distillation takes image sizes that are multiples of 32, not {height}x{width}",
+            f"use {round(height / 32) * 32 or 32}",
+        )
     with _train_extra():
         from uad_plugins.models.reverse_distillation import ReverseDistillation
 
@@ -107,15 +115,13 @@ def _reverse_distillation_backbones() -> list[str]:
     return list(BACKBONES)
 
 
-class _train_extra:  # noqa: N801
-    """Turns a missing package of the ``train`` extra into the line that says how to install it."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        if isinstance(error, ModuleNotFoundError):
-            raise missing_extra("training", "train", error) from error
+@contextmanager
+def _train_extra() -> Iterator[None]:
+    """Turn a missing package of the ``train`` extra into the line that says how to install it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise missing_extra("training", "train", error) from error
 
 
 @hookimpl

@@ -9,7 +9,7 @@ import torch
 from anomalib.models import AnomalibModule
 from numpy.typing import NDArray
 
-from uad_plugins.artifacts import Run, checked, read_json
+from uad_plugins.artifacts import Run, checked, read_json, sha256_of
 from uad_plugins.config import model_plugin
 from uad_plugins.detector import Detector
 from uad_plugins.errors import UadxError
@@ -55,6 +55,11 @@ class TorchDetector(Detector):
             UadxError: The folder is no finished run, or a file in it is damaged.
         """
         run = Run.open(folder)
+        expected = run.manifest().checkpoint_sha256
+        if expected and run.checkpoint.is_file() and sha256_of(run.checkpoint) != expected:
+            raise UadxError(
+                f"{run.checkpoint}: is not the checkpoint that was trained", "its content has changed; train again"
+            )
         return cls.load(run, Thresholds.from_dict(read_json(run.thresholds_file)), device)
 
     @classmethod

@@ -6,10 +6,12 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from anomalib.models import AnomalibModule
 from lightning.pytorch import Trainer
 
-from uad_plugins.config import unknown_key
+from uad_plugins.config import TrainConfig, unknown_key
 from uad_plugins.errors import UsageError
+from uad_plugins.models.recipe import DistillationRecipe
 
 
 def check_trainer_arguments(arguments: Mapping[str, Any]) -> None:
@@ -36,3 +38,29 @@ def check_trainer_arguments(arguments: Mapping[str, Any]) -> None:
     epochs = arguments.get("max_epochs")
     if epochs is not None and (not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 1):
         raise UsageError(f"trainer.max_epochs: must be a whole number of at least 1, not {epochs!r}")
+
+
+def fit_trainer_arguments(config: TrainConfig, model: AnomalibModule, given: Mapping[str, Any]) -> TrainConfig:
+    """Return the configuration with the trainer arguments that the model asks for.
+
+    Arguments that were not given explicitly take the model's value. Given ones win for the distillation models, whose
+    wishes are defaults; other models cannot be trained in another way than they say (a memory bank is filled in one epoch).
+
+    Args:
+        config: Resolved configuration.
+        model: The model to be trained.
+        given: What the user set explicitly.
+
+    Raises:
+        UsageError: A given argument contradicts what the model needs.
+    """
+    explicit = given.get("trainer") or {}
+    fitted = config.model_copy(deep=True)
+    for name, value in model.trainer_arguments.items():
+        if name not in explicit or explicit[name] == value:
+            fitted.trainer[name] = value
+        elif not isinstance(model, DistillationRecipe):
+            raise UsageError(
+                f"{config.model.name} needs trainer.{name} to be {value!r}, not {explicit[name]!r}", "leave it out"
+            )
+    return fitted

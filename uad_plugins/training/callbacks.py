@@ -85,7 +85,11 @@ class HeldOutLoss(Callback):
         pl_module.log(MONITOR, value.float(), sync_dist=False, prog_bar=True)
         # As the checkpoint callback sees it, so that both agree on which epoch is the best.
         loss = float(value.float())
-        if trainer.state.fn == "fit" and (self.best["val_loss"] is None or loss < self.best["val_loss"]):
+        if (
+            trainer.state.fn == "fit"
+            and math.isfinite(loss)
+            and (self.best["val_loss"] is None or loss < self.best["val_loss"])
+        ):
             each = {n: float(v) for n, v in zip(self.categories, means, strict=True) if not math.isnan(float(v))}
             self.best = {"val_loss": loss, "epoch": trainer.current_epoch + 1, "categories": each}
 
@@ -99,10 +103,21 @@ class HeldOutLoss(Callback):
 
 
 class SampleCount(Callback):
-    """Counts the training images seen over all processes and epochs; kept in checkpoints."""
+    """Counts the training images seen over all processes, and the seconds of training; kept in checkpoints."""
 
     def __init__(self) -> None:
         self.seen = 0
+        self._before = 0.0
+        self._started: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training, interruptions left out."""
+        return self._before + (time.monotonic() - self._started if self._started is not None else 0.0)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._started = time.monotonic()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -112,11 +127,11 @@ class SampleCount(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the count for the checkpoint."""
-        return {"seen": self.seen}
+        return {"seen": self.seen, "seconds": self.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the count from a checkpoint."""
-        self.seen = state_dict["seen"]
+        self.seen, self._before = state_dict["seen"], state_dict["seconds"]
 
 
 class FiniteLoss(Callback):

@@ -25,8 +25,8 @@ class AtomicCheckpointIO(AnomalibCheckpointIO):
             torch.save(checkpoint, temporary)
 
 
-class BestAndLast(ModelCheckpoint):
-    """Keeps the best checkpoint by held-out normal images as ``model.ckpt`` and the newest as ``last.ckpt``."""
+class BestCheckpoint(ModelCheckpoint):
+    """Keeps the best checkpoint by held-out normal images as ``model.ckpt``."""
 
     def __init__(self, run: Run) -> None:
         super().__init__(
@@ -35,7 +35,36 @@ class BestAndLast(ModelCheckpoint):
             monitor=MONITOR,
             mode="min",
             save_top_k=1,
-            save_last=True,
+            auto_insert_metric_name=False,
+            enable_version_counter=False,
+            save_on_train_epoch_end=False,
+        )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what was the best so far, also when the run's folder lies elsewhere now."""
+        folder = Path(str(self.dirpath))
+
+        def here(path: str) -> str:
+            return str(folder / Path(path).name) if path else path
+
+        moved = {**state_dict, "dirpath": self.dirpath}
+        for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
+            moved[key] = here(state_dict.get(key, ""))
+        moved["best_k_models"] = {here(path): score for path, score in state_dict.get("best_k_models", {}).items()}
+        super().load_state_dict(moved)
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Keeps the checkpoint of the last whole epoch as ``last.ckpt``, whether it is the best or not.
+
+    To be given to the trainer behind ``BestCheckpoint``: what it writes includes what the other has decided.
+    """
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(
+            dirpath=run.folder,
+            filename=run.last_checkpoint.stem,
+            save_top_k=1,
             auto_insert_metric_name=False,
             enable_version_counter=False,
             save_on_train_epoch_end=False,

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from uad_plugins.artifacts import MANIFEST, Run, RunManifest, write_text
+try:
+    import fcntl
+except ImportError:
+    # Windows has no such locks; two trainings to one folder are then not noticed.
+    fcntl = None  # type: ignore[assignment]
+
+from uad_plugins.artifacts import MANIFEST, Run, RunManifest, write_json, write_text
 from uad_plugins.config import TrainConfig, to_yaml
 from uad_plugins.data.samples import SampleTable
 from uad_plugins.errors import UadxError, UsageError
@@ -19,12 +27,42 @@ RESUME_MAY_CHANGE = ("trainer", "plugins", "data.num_workers", "data.eval_batch_
 
 def main_process() -> bool:
     """Tell whether this is the process that writes: the first of a training on several devices or machines."""
-    ranks = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK"))
+    ranks = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID"))
     return all(rank in {"", "0"} for rank in ranks)
 
 
-def open_folder(out: Path, *, resume: bool, overwrite: bool) -> Run:
-    """Decide what to do with the folder a training is to be written to.
+@contextmanager
+def locked(run: Run) -> Iterator[None]:
+    """Hold the run for this process; another training to the same folder is refused meanwhile.
+
+    Raises:
+        UadxError: Another process holds it.
+    """
+    run.folder.parent.mkdir(parents=True, exist_ok=True)
+    path = run.folder.parent / f".{run.folder.name}.lock"
+    if fcntl is None or not main_process():
+        yield
+        return
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UadxError(
+                f"{run.folder}: another training is writing to it", "wait for it, or name another folder"
+            ) from None
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def cache_path(run: Run) -> Path:
+    """Return where decoded images are kept while a run is trained: beside it, so that it survives the run's replacement."""
+    return run.folder.parent / f".{run.folder.name}.pixels"
+
+
+def check_folder(run: Run, *, resume: bool, overwrite: bool) -> None:
+    """Decide whether a training may write to the folder; nothing is changed yet.
 
     Raises:
         UadxError: It holds something that was not asked to be continued or overwritten.
@@ -32,33 +70,46 @@ def open_folder(out: Path, *, resume: bool, overwrite: bool) -> Run:
     """
     if resume and overwrite:
         raise UsageError("--resume and --overwrite contradict each other", "give one of them")
-    run = Run(out.expanduser().absolute())
-    if not main_process():
-        return run
-    if run.folder.exists() and not run.folder.is_dir():
-        raise UadxError(f"{out}: is a file", "name a folder for the run")
-    if run.folder.exists():
-        # What a killed training was writing; it never got its name.
-        for leftover in run.folder.glob(".*.part"):
-            leftover.unlink()
-    if not run.folder.exists() or not any(run.folder.iterdir()):
-        run.folder.mkdir(parents=True, exist_ok=True)
-        return run
-    if not (run.folder / MANIFEST).is_file():
-        if {path.name for path in run.folder.iterdir()} <= {run.config_file.name, "logs"}:
-            return run
-        raise UadxError(f"{out}: is not empty and holds no run", "name a new folder")
-    if overwrite:
-        shutil.rmtree(run.folder)
-        run.folder.mkdir()
-    elif not resume:
-        if run.manifest().status == "finished":
-            raise UadxError(
-                f"{out}: holds a finished run",
-                "name a new folder, or replace it with --overwrite, or train on with --resume",
-            )
-        raise UadxError(f"{out}: holds an unfinished run", "continue it with --resume, or replace it with --overwrite")
-    return run
+    folder = run.folder
+    if not main_process() or not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UadxError(f"{folder}: is a file", "name a folder for the run")
+    if not (folder / MANIFEST).is_file():
+        if {path.name for path in folder.iterdir() if not path.name.endswith(".part")} <= {run.config_file.name, "logs"}:
+            return
+        raise UadxError(f"{folder}: is not empty and holds no run", "name a new folder")
+    if overwrite or resume:
+        return
+    if run.manifest().status == "finished":
+        raise UadxError(
+            f"{folder}: holds a finished run",
+            "name a new folder, or replace it with --overwrite, or train on with --resume",
+        )
+    raise UadxError(f"{folder}: holds an unfinished run", "continue it with --resume, or replace it with --overwrite")
+
+
+def write_start(run: Run, config: TrainConfig, manifest: RunManifest, skipped: Mapping[str, str], *, fresh: bool) -> None:
+    """Make the folder ready for the first step: everything that could go wrong before it has gone right.
+
+    Args:
+        run: The run.
+        config: Its resolved configuration.
+        manifest: Its manifest.
+        skipped: Images left out.
+        fresh: Begin anew; what is there is replaced.
+    """
+    if fresh and run.folder.exists() and any(run.folder.iterdir()):
+        doomed = Path(tempfile.mkdtemp(prefix=f".{run.folder.name}.", dir=run.folder.parent))
+        os.replace(run.folder, doomed)  # noqa: PTH105
+        shutil.rmtree(doomed)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    # What a killed training was writing; it never got its name.
+    for leftover in run.folder.glob(".*.part"):
+        leftover.unlink()
+    write_text(run.config_file, to_yaml(config))
+    write_json(run.folder / "skipped.json", dict(skipped))
+    run.write_manifest(manifest)
 
 
 def resumed_config(run: Run, given: Mapping[str, Any], resolved: TrainConfig) -> TrainConfig:
@@ -105,12 +156,6 @@ def check_same_data(manifest: RunManifest, table: SampleTable) -> None:
             "the data is not what this training began with (images added, removed or moved)",
             "put it back as it was, or train anew to another folder",
         )
-
-
-def write_start(run: Run, config: TrainConfig, manifest: RunManifest) -> None:
-    """Write configuration and manifest before the first step."""
-    write_text(run.config_file, to_yaml(config))
-    run.write_manifest(manifest)
 
 
 def _leaves(tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

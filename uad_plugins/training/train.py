@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -13,20 +12,28 @@ from anomalib.models import AnomalibModule
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from uad_plugins.artifacts import Run, RunManifest, sha256_of, versions, write_json
+from uad_plugins.artifacts import MANIFEST, Run, RunManifest, sha256_of, versions, write_json
 from uad_plugins.config import TrainConfig, model_plugin
 from uad_plugins.data.check import Progress
 from uad_plugins.data.datamodule import UnifiedDataModule
 from uad_plugins.data.pixel_cache import PixelCache
-from uad_plugins.data.samples import SPLITS, SampleTable
+from uad_plugins.data.samples import ANOMALOUS, SPLITS, SampleTable
 from uad_plugins.errors import UadxError
-from uad_plugins.evaluation.thresholds import thresholds_from_samples
+from uad_plugins.evaluation.thresholds import BEST_F1, thresholds_from_samples
 from uad_plugins.models.torch_detector import TorchDetector
-from uad_plugins.training.arguments import check_trainer_arguments
+from uad_plugins.training.arguments import check_trainer_arguments, fit_trainer_arguments
 from uad_plugins.training.callbacks import FiniteLoss, HeldOutLoss, SampleCount, TrainingProgress
-from uad_plugins.training.checkpointing import AtomicCheckpointIO, BestAndLast
+from uad_plugins.training.checkpointing import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
 from uad_plugins.training.quiet import quiet_libraries
-from uad_plugins.training.run_folder import check_same_data, main_process, open_folder, resumed_config, write_start
+from uad_plugins.training.run_folder import (
+    cache_path,
+    check_folder,
+    check_same_data,
+    locked,
+    main_process,
+    resumed_config,
+    write_start,
+)
 
 
 def train(
@@ -59,20 +66,23 @@ def train(
         UadxError: Data, weights, folder or configuration do not allow it; see the message.
     """
     check_trainer_arguments(config.trainer)
-    run = open_folder(out, resume=resume, overwrite=overwrite)
-    resuming = resume and (run.folder / "run.json").is_file()
-    if resuming:
-        config = resumed_config(run, given or {}, config)
-    with quiet_libraries():
+    run = Run(out.expanduser().absolute())
+    with locked(run), quiet_libraries():
+        check_folder(run, resume=resume, overwrite=overwrite)
+        resuming = resume and (run.folder / MANIFEST).is_file()
+        if resuming:
+            config = resumed_config(run, given or {}, config)
         seed_everything(config.seed, workers=True, verbose=False)
         module = _datamodule(config, data)
         table = module.index()
+        check_thresholds(config, table)
         if resuming:
             check_same_data(run.manifest(), table)
         fingerprint = table.fingerprint()
         module.table = table
         # Built before the images are verified: missing weights are found in a second, bad images perhaps in an hour.
         model = model_plugin(config.model.name).build(config)
+        config = fit_trainer_arguments(config, model, given or {})
         cache = _cache(run, config, table)
         try:
             module.verify_images(verifying, cache)
@@ -80,8 +90,7 @@ def train(
             if main_process():
                 if resuming:
                     manifest.weights = run.manifest().weights
-                write_start(run, config, manifest)
-                write_json(run.folder / "skipped.json", module.skipped)
+                write_start(run, config, manifest, module.skipped, fresh=not resuming)
             fitted = _fit(run, config, module, model, interactive=interactive)
             if not fitted["main"]:
                 return None
@@ -91,6 +100,19 @@ def train(
                 cache.remove()
 
 
+def check_thresholds(config: TrainConfig, table: SampleTable) -> None:
+    """Find out before training whether the thresholds can be set after it.
+
+    Raises:
+        UadxError: Best F1 is wanted and there are no labelled validation images.
+    """
+    if config.thresholds.method == BEST_F1 and not len(table.where(split="val", label=ANOMALOUS)):
+        raise UadxError(
+            "thresholds.method best-f1 needs defective images in the validation split",
+            "mark some 'val' in an index file, or use normal-fpr and set thresholds later with 'uadx thresholds'",
+        )
+
+
 def _cache(run: Run, config: TrainConfig, table: SampleTable) -> PixelCache | None:
     """Return the cache for decoded images; None when several processes train, or when it would be too large."""
     devices, accelerator = config.trainer.get("devices", "auto"), config.trainer.get("accelerator", "auto")
@@ -98,8 +120,7 @@ def _cache(run: Run, config: TrainConfig, table: SampleTable) -> PixelCache | No
     alone = devices in (1, "1", [0]) or (devices == "auto" and one_by_itself)
     if not config.data.cache or not alone or config.trainer.get("num_nodes", 1) != 1:
         return None
-    # Named as what an interrupted training leaves behind, so that the next one clears it away.
-    cache = PixelCache(run.folder / ".pixels.part", config.data.size)
+    cache = PixelCache(cache_path(run), config.data.size)
     return cache if cache.fits(int((table.splits != SPLITS.index("test")).sum())) else None
 
 
@@ -153,7 +174,6 @@ def _manifest(
 def _fit(
     run: Run, config: TrainConfig, module: UnifiedDataModule, model: AnomalibModule, *, interactive: bool | None
 ) -> dict[str, Any]:
-    best = BestAndLast(run)
     held_out, seen = HeldOutLoss(module.categories), SampleCount()
     arguments: dict[str, Any] = {
         "deterministic": "warn",
@@ -161,29 +181,24 @@ def _fit(
         "enable_model_summary": False,
         "log_every_n_steps": 10,
         **config.trainer,
-        **model.trainer_arguments,
     }
-    if arguments.get("max_epochs") == 1:
-        arguments["check_val_every_n_epoch"] = 1
     trainer = Trainer(
         **arguments,
         default_root_dir=run.folder,
         use_distributed_sampler=False,
-        callbacks=[seen, held_out, FiniteLoss(), TrainingProgress(interactive), best],
+        callbacks=[seen, held_out, FiniteLoss(), TrainingProgress(interactive), BestCheckpoint(run), LastCheckpoint(run)],
         plugins=[AtomicCheckpointIO(extra_safe_globals=list(model.checkpoint_safe_globals()))],
         logger=[CSVLogger(run.folder, name="logs/csv"), TensorBoardLogger(run.folder, name="logs/tensorboard")],
     )
     checkpoint = run.last_checkpoint if run.last_checkpoint.is_file() else None
-    started = time.monotonic()
     try:
         trainer.fit(model, datamodule=module, ckpt_path=checkpoint)
     except SystemExit as stop:
         # Lightning leaves the process by itself on Ctrl-C, without a word.
         hint = f"continue it with --resume; the checkpoints in {run.folder} are whole"
         raise UadxError("training was interrupted", hint, exit_code=130) from stop
-    seconds = time.monotonic() - started
-    if trainer.is_global_zero and not run.checkpoint.is_file():
-        # No validation ran after a step (a memory bank filled in one epoch, say): what was learnt last is what there is.
+    if held_out.best["val_loss"] is None:
+        # No epoch could be compared with another: what was learnt last is what there is. All processes take part.
         trainer.save_checkpoint(run.checkpoint)
     return {
         "main": trainer.is_global_zero,
@@ -191,7 +206,7 @@ def _fit(
         "epochs": trainer.current_epoch,
         "best_val_loss": held_out.best["val_loss"],
         "val_loss_per_category": held_out.best["categories"],
-        "seconds": seconds,
+        "seconds": seen.seconds,
         "samples_seen": seen.seen,
         "processes": trainer.world_size,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),

@@ -44,7 +44,7 @@ def evaluate(
     if out is not None:
         write_report(result, out / "report.html", title="Evaluation", facts={"model": str(run), "data": data})
     for path, reason in report["unreadable"].items():
-        note(f"warning: {path}: {reason}: left out")
+        note(f"warning: {path}: {reason}")
     if as_json:
         emit_json(report)
     else:

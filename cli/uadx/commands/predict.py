@@ -61,7 +61,9 @@ def predict(
 
 
 def _show(row: dict[str, Any]) -> None:
+    from uad_plugins.evaluation.rows import describe
+
     if row["error"] is not None:
-        say(f"error      {'':>9}  {row['path']}: {row['error']}")
+        say(f"{'error':<9}  {'':>18}  {row['path']}: {row['error']}")
     else:
-        say(f"{row['verdict']:<9}  {row['score'] / row['threshold']:>6.2f} x threshold  {row['path']}")
+        say(f"{row['verdict']:<9}  {describe(row['score'], row['threshold']):>18}  {row['path']}")

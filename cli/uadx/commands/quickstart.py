@@ -37,6 +37,6 @@ def quickstart(
     say("")
     say("next, on images of your own (CATEGORY/train/good, CATEGORY/test/good, CATEGORY/test/DEFECT):")
     say("  uadx data check DATA")
-    say("  uadx train DATA --model stfpm --weights bundled --image-size 128 --epochs 30 --out RUN")
+    say("  uadx train DATA --config stfpm_short --weights bundled --image-size 128 --epochs 30 --out RUN")
     say("  uadx evaluate RUN DATA --out EVALUATION")
     say("  uadx predict RUN IMAGES --category CATEGORY --out MAPS")

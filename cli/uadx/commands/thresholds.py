@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from uadx.output import counting, emit_json, table
+from uadx.output import counting, emit_json, note, table
 
 
 def thresholds(
@@ -21,28 +21,38 @@ def thresholds(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show them, store nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Set the decision thresholds of a run anew, from images of your own.
+    """Set the decision thresholds of a run anew.
 
-    All images of DATA are used, whatever split they are in; with normal-fpr those labelled normal.
+    From images that the run has never seen: all of DATA, with normal-fpr those labelled normal. If DATA is what the run was
+    trained on, from the images held out from training alone.
     """
     from uad_plugins.artifacts import Run, write_json
     from uad_plugins.data.layouts import scan
+    from uad_plugins.data.samples import hold_out
     from uad_plugins.detector import open_detector
-    from uad_plugins.evaluation.thresholds import thresholds_from_samples
+    from uad_plugins.evaluation.thresholds import check_request, thresholds_from_samples
 
-    samples = scan(data, layout)
+    check_request(method, target_fpr)
+    opened = Run.open(run)
+    samples, which, kind = scan(data, layout), None, f"of {data}"
+    manifest, config = opened.manifest(), opened.config()
+    if manifest.data.get("root") == str(Path(data).expanduser().absolute()):
+        samples = hold_out(scan(data, layout, config.data.categories), config.data.val_fraction, config.seed)
+        which, kind = samples.where(split="val"), "held out from training"
+        note("note: the run was trained on this data; the images held out from training are used")
+    indices = range(len(samples)) if which is None else which
     with open_detector(run) as detector, counting("scoring images") as progress:
         result = thresholds_from_samples(
             detector,
             samples,
-            range(len(samples)),
+            indices,
             method=method,
             target_fpr=target_fpr,
-            kind=f"of {data}",
+            kind=kind,
             progress=progress,
         )
     if not dry_run:
-        write_json(Run.open(run).thresholds_file, result.as_dict())
+        write_json(opened.thresholds_file, result.as_dict())
     if as_json:
         emit_json(result.as_dict())
         return

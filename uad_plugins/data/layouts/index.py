@@ -23,10 +23,10 @@ SPLIT_NAMES = {**{name: name for name in SPLITS}, "valid": "val", "validation": 
 
 
 def recognise(root: Path) -> float:
-    """Return 1 for an index file itself, 0.95 for a folder that has one."""
+    """Return 1 for an index file itself, and for a folder that has one."""
     if root.is_file():
         return 1.0 if root.suffix.lower() in {".csv", ".jsonl", ".ndjson"} else 0.0
-    return 0.95 if any((root / name).is_file() for name in NAMES) else 0.0
+    return 1.0 if any((root / name).is_file() for name in NAMES) else 0.0
 
 
 def scan(root: Path) -> Iterator[Sample]:

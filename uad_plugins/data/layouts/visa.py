@@ -8,8 +8,10 @@ from pathlib import Path
 
 from uad_plugins.data.layouts.walking import child, folders, images, mask_index, stem_below
 from uad_plugins.data.samples import ANOMALOUS, NORMAL, Sample, in_test_share
+from uad_plugins.errors import UadxError
 
 SUMMARY = "CATEGORY/Data/Images/{Normal,Anomaly}, CATEGORY/Data/Masks/Anomaly, optional split_csv/1cls.csv"
+SPLIT_FILE = Path("split_csv") / "1cls.csv"
 TEST_SHARE = 0.2
 """Share of the normal images that is tested on where no split file says otherwise."""
 
@@ -21,7 +23,9 @@ def recognise(root: Path) -> float:
 
 def scan(root: Path) -> Iterator[Sample]:
     """Yield the samples of every category, split as the official file says, else one normal image in five for testing."""
-    official = _official_split(root / "split_csv" / "1cls.csv", root)
+    # The split file lies at the top of the data set, also when one category alone is looked at.
+    top = next((folder for folder in (root, root.parent) if (folder / SPLIT_FILE).is_file()), root)
+    official = _official_split(top / SPLIT_FILE, top)
     for category in [root] if _images_of(root) else folders(root):
         pictures = _images_of(category)
         if pictures is None:
@@ -54,7 +58,13 @@ def _images_of(category: Path) -> Path | None:
 def _official_split(path: Path, root: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
+    split: dict[str, str] = {}
     with path.open(newline="", encoding="utf-8-sig") as file:
-        return {
-            str(root / row["image"]): row["split"] for row in csv.DictReader(file) if row.get("split") in {"train", "test"}
-        }
+        reader = csv.DictReader(file)
+        for row in reader:
+            if not row.get("image") or row.get("split") not in {"train", "test"}:
+                raise UadxError(
+                    f"{path}:{reader.line_num}: no image, or a split other than train and test", "repair the file"
+                )
+            split[str(root / row["image"])] = row["split"]
+    return split

@@ -17,9 +17,7 @@ from uad_plugins.data.layouts.walking import MASK_FOLDERS, images
 from uad_plugins.data.samples import ANOMALOUS, NORMAL, Sample, SampleTable, relative_to
 from uad_plugins.errors import UadxError
 from uad_plugins.imaging import ImageError, open_image, read_mask, read_rgb
-
-Progress = Callable[[int, int], None]
-"""Called with the number of images done and of all images."""
+from uad_plugins.progress import Progress
 
 ERROR, WARNING = "error", "warning"
 

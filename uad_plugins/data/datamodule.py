@@ -18,13 +18,14 @@ from torchvision.transforms.v2 import Resize, Transform
 from torchvision.tv_tensors import Image, Mask
 
 from uad_plugins.data.batches import UnifiedBatch, UnifiedItem
-from uad_plugins.data.check import Progress, require_readable
+from uad_plugins.data.check import require_readable
 from uad_plugins.data.layouts import scan
 from uad_plugins.data.pixel_cache import PixelCache
 from uad_plugins.data.samples import NORMAL, SampleTable, hold_out
 from uad_plugins.data.sampling import NATURAL, CategorySampler, GroupedBatchSampler, ShareSampler
 from uad_plugins.errors import UadxError
 from uad_plugins.imaging import RgbImage, read_mask, read_rgb, resize_mask, resize_rgb
+from uad_plugins.progress import Progress
 
 
 class UnifiedDataset(AnomalibDataset):

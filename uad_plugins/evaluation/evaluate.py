@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,7 @@ from uad_plugins.evaluation.metrics import CategoryMetrics
 from uad_plugins.evaluation.overlays import label, outline, overlay, panel
 from uad_plugins.evaluation.rows import describe, picture_names, to_csv, verdict
 from uad_plugins.imaging import ImageError, read_mask, read_rgb, resize_mask
-
-Progress = Callable[[int, int], None]
+from uad_plugins.progress import Progress
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,7 @@ from uad_plugins.errors import UsageError, unknown_name
 from uad_plugins.evaluation.overlays import overlay
 from uad_plugins.evaluation.rows import picture_names, verdict
 from uad_plugins.imaging import ImageError, read_rgb
-
-Progress = Callable[[int], None]
+from uad_plugins.progress import Progress
 
 
 def find_images(words: Sequence[str]) -> list[str]:
@@ -56,7 +55,7 @@ def predict(
         category: The product shown, for its threshold; None uses the pooled threshold.
         out: Folder for overlays at the size of each source image; None writes none.
         batch_size: Images scored together.
-        progress: Called with the number of images done.
+        progress: Called as images are done.
 
     Raises:
         UsageError: The detector does not know the category, or there is no image.
@@ -73,7 +72,7 @@ def predict(
             row["map"] = _write_overlay(prediction, threshold, out / names[prediction.path], row)
         yield row
         if progress is not None:
-            progress(done)
+            progress(done, len(paths))
 
 
 def _row(prediction: Prediction, category: str | None, threshold: float) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from uad_plugins.errors import UadxError, UsageError
 if TYPE_CHECKING:
     from uad_plugins.data.samples import SampleTable
     from uad_plugins.detector import Detector
+    from uad_plugins.progress import Progress
 
 NORMAL_FPR, BEST_F1 = "normal-fpr", "best-f1"
 SCHEMA = "uadx.thresholds/1"
@@ -249,7 +250,7 @@ def thresholds_from_samples(
     method: str,
     target_fpr: float,
     kind: str,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Thresholds:
     """Score samples and set thresholds from them.
 

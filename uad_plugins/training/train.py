@@ -14,13 +14,13 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from uad_plugins.artifacts import MANIFEST, Run, RunManifest, sha256_of, versions, write_json
 from uad_plugins.config import TrainConfig, model_plugin
-from uad_plugins.data.check import Progress
 from uad_plugins.data.datamodule import UnifiedDataModule
 from uad_plugins.data.pixel_cache import PixelCache
 from uad_plugins.data.samples import ANOMALOUS, SPLITS, SampleTable
 from uad_plugins.errors import UadxError
 from uad_plugins.evaluation.thresholds import BEST_F1, thresholds_from_samples
 from uad_plugins.models.torch_detector import TorchDetector
+from uad_plugins.progress import Progress
 from uad_plugins.training.arguments import check_trainer_arguments, fit_trainer_arguments
 from uad_plugins.training.callbacks import FiniteLoss, HeldOutLoss, SampleCount, TrainingProgress
 from uad_plugins.training.checkpointing import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint

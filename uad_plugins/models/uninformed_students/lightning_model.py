@@ -121,6 +121,8 @@ class UninformedStudents(DistillationRecipe, AnomalibModule):
             self._pretrained.append(PretrainedFeature(backbone, weights))
             self.weights_record = self._pretrained[0].record
 
+    model: UninformedStudentsModel
+
     @property
     def learning_type(self) -> LearningType:
         """It learns from normal images alone."""
@@ -286,6 +288,9 @@ class UninformedStudents(DistillationRecipe, AnomalibModule):
     def _category(self, rows: Sequence[int]) -> torch.Tensor | None:
         return torch.tensor(rows, device=self.device) if self.by_category else None
 
+    def _category_of(self, batch: Any) -> torch.Tensor | None:
+        return batch.category_index if self.by_category else None
+
     # Steps
 
     def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
@@ -297,24 +302,25 @@ class UninformedStudents(DistillationRecipe, AnomalibModule):
             # alone, so that a resumed training goes on as an unbroken one.
             down, right = divmod(self.global_step * 5 % self.train_stride**2, self.train_stride)
             images = images[..., down:, right:]
-        category = batch.category_index if self.by_category else None
-        loss = self.model.deviations(images, category, self.train_stride).losses.mean()
+        loss = self.model.deviations(images, self._category_of(batch), self.train_stride).losses.mean()
         self.log("train_loss", loss.detach(), on_epoch=True, prog_bar=True)
         return {"loss": loss}
+
+    @staticmethod
+    def distil(network: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the loss of each image and the anomaly maps, with global statistics; see ``DistillationRecipe``."""
+        return loss_and_map(network, images, None)
 
     def validation_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """Predict, and note the loss of each image in ``held_out_loss``."""
         del args, kwargs
-        category = batch.category_index if self.by_category else None
-        found = self.model.deviations(batch.image, category)
-        self.held_out_loss = found.losses
-        anomaly_map = self.model.anomaly_map(found, tuple(batch.image.shape[-2:]), category)
+        self.held_out_loss, anomaly_map = loss_and_map(self.model, batch.image, self._category_of(batch))
         return batch.update(pred_score=anomaly_map.amax(dim=(-2, -1)), anomaly_map=anomaly_map)
 
     def test_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """Predict."""
         del args, kwargs
-        found = self.model(batch.image, batch.category_index if self.by_category else None)
+        found = self.model(batch.image, self._category_of(batch))
         return batch.update(**found._asdict())
 
     def predict_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
@@ -334,3 +340,10 @@ class UninformedStudents(DistillationRecipe, AnomalibModule):
         super().on_load_checkpoint(checkpoint)
         self.teacher_records = list(checkpoint.get("teachers", []))
         self._missing, self._pretrained = [], []
+
+
+def loss_and_map(network: Any, images: torch.Tensor, category: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the loss of each image, float32 ``(B,)``, and the anomaly maps, float32 ``(B, 1, H, W)``."""
+    found = network.deviations(images, category)
+    size = (int(images.shape[-2]), int(images.shape[-1]))
+    return found.losses, network.anomaly_map(found, size, category)

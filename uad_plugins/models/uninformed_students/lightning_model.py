@@ -303,7 +303,7 @@ class UninformedStudents(DistillationRecipe, AnomalibModule):
             down, right = divmod(self.global_step * 5 % self.train_stride**2, self.train_stride)
             images = images[..., down:, right:]
         loss = self.model.deviations(images, self._category_of(batch), self.train_stride).losses.mean()
-        self.log("train_loss", loss.detach(), on_epoch=True, prog_bar=True)
+        self.log("train_loss", loss.detach(), on_epoch=True, prog_bar=True, batch_size=len(images))
         return {"loss": loss}
 
     @staticmethod

@@ -118,7 +118,8 @@ class UninformedStudents(DistillationRecipe, AnomalibModule):
             self._missing = [scale for scale in self._missing if not self._take_bundled(scale)]
         if self._missing:
             # Loaded now: missing weights are found before any image is read.
-            self._pretrained.append(PretrainedFeature(backbone, weights))
+            recipe = self.teacher_recipe
+            self._pretrained.append(PretrainedFeature(backbone, weights, recipe.layer, recipe.target_size))
             self.weights_record = self._pretrained[0].record
 
     model: UninformedStudentsModel

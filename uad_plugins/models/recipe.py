@@ -42,12 +42,36 @@ class DistillationRecipe:
     Attributes:
         recipe: Optimizer and schedule.
         weights_record: Where the teacher's weights came from; None after loading a checkpoint.
+        model: The network of teacher and student.
         held_out_loss: float32 ``(B,)``, the training loss of each image of the last validation batch.
     """
 
     recipe: OptimizerConfig
     weights_record: WeightsRecord | None
+    model: nn.Module
     held_out_loss: torch.Tensor | None
+
+    @staticmethod
+    def distil(network: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compare student and teacher.
+
+        The submodules of the network are called exactly as its own ``forward`` calls them, and all that is needed besides
+        lies in the network: quantization-aware training wraps the network and calls this inside its own ``forward``.
+
+        Args:
+            network: ``self.model``, or a quantized copy of it.
+            images: float32 ``(B, 3, H, W)``, normalised.
+
+        Returns:
+            The training loss of each image, float32 ``(B,)``, and the anomaly maps, float32 ``(B, 1, H, W)``.
+        """
+        raise NotImplementedError
+
+    def validation_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """Predict, and note the loss of each image in ``held_out_loss``."""
+        del args, kwargs
+        self.held_out_loss, anomaly_map = self.distil(self.model, batch.image)
+        return batch.update(pred_score=anomaly_map.amax(dim=(-2, -1)), anomaly_map=anomaly_map)
 
     def configure_post_processor(self) -> PostProcessor:
         """Return the post-processor that anomalib's own testing uses."""

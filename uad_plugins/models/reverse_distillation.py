@@ -108,18 +108,18 @@ class ReverseDistillation(DistillationRecipe, AnomalibReverseDistillation):
         """Return the parameters of bottleneck and decoder."""
         return chain(self.model.decoder.parameters(), self.model.bottleneck.parameters())
 
-    def validation_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        """Predict, and note the loss of each image in ``held_out_loss``."""
-        del args, kwargs
-        encoded = list(self.model.encoder(batch.image).values())
-        decoded = self.model.decoder(self.model.bottleneck(encoded))
+    @staticmethod
+    def distil(network: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the loss of each image and the anomaly maps; see ``DistillationRecipe``."""
+        model: Any = network
+        model.encoder.eval()
+        encoded = list(model.encoder(images).values())
+        decoded = model.decoder(model.bottleneck(encoded))
         losses = [
             1 - F.cosine_similarity(before.flatten(1), after.flatten(1))
             for before, after in zip(encoded, decoded, strict=True)
         ]
-        self.held_out_loss = torch.stack(losses).sum(dim=0)
-        anomaly_map = self.model.anomaly_map_generator(encoded, decoded)
-        return batch.update(pred_score=anomaly_map.amax(dim=(-2, -1)), anomaly_map=anomaly_map)
+        return torch.stack(losses).sum(dim=0), model.anomaly_map_generator(encoded, decoded)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note that anomalib's own class need not fetch weights either."""

@@ -90,16 +90,16 @@ class Stfpm(DistillationRecipe, AnomalibStfpm):
         parameters: Iterable[nn.Parameter] = self.model.student_model.parameters()
         return parameters
 
-    def validation_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        """Predict, and note the loss of each image in ``held_out_loss``."""
-        del args, kwargs
-        teacher, student = self.model.teacher_model(batch.image), self.model.student_model(batch.image)
+    @staticmethod
+    def distil(network: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the loss of each image and the anomaly maps; see ``DistillationRecipe``."""
+        model: Any = network
+        teacher, student = model.teacher_model(images), model.student_model(images)
         losses = [
             (F.normalize(teacher[layer]) - F.normalize(student[layer])).square().sum(dim=1).mean(dim=(1, 2))
             for layer in teacher
         ]
-        self.held_out_loss = torch.stack(losses).sum(dim=0)
-        anomaly_map = self.model.anomaly_map_generator(
-            teacher_features=teacher, student_features=student, image_size=batch.image.shape[-2:]
+        anomaly_map = model.anomaly_map_generator(
+            teacher_features=teacher, student_features=student, image_size=images.shape[-2:]
         )
-        return batch.update(pred_score=anomaly_map.amax(dim=(-2, -1)), anomaly_map=anomaly_map)
+        return torch.stack(losses).sum(dim=0), anomaly_map

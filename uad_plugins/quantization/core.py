@@ -1,0 +1,108 @@
+"""The part of a model that is quantized: from a normalised image to its score and map."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from anomalib.data.transforms.utils import extract_transforms_by_type
+from anomalib.models import AnomalibModule
+from torch import nn
+from torchvision.transforms.v2 import Normalize
+
+from uad_plugins.errors import UadxError
+from uad_plugins.models.recipe import DistillationRecipe
+
+
+class Core(nn.Module):
+    """A trained network that takes a normalised tensor and returns a plain tuple.
+
+    In evaluation it returns the score and the map of each image. In training it returns their loss and map, by
+    ``DistillationRecipe.distil``: NNCF's quantizers act only inside the ``forward`` of the module that was quantized.
+
+    Args:
+        module: Trained anomalib module. Its network is used, not copied.
+    """
+
+    def __init__(self, module: AnomalibModule) -> None:
+        super().__init__()
+        self.network: nn.Module = module.model
+        self.distil = type(module).distil if isinstance(module, DistillationRecipe) else None
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Score a batch.
+
+        Args:
+            images: float32 ``(N, 3, H, W)``, normalised.
+
+        Returns:
+            Scores (in training: losses) float32 ``(N,)``, and anomaly maps float32 ``(N, H, W)``.
+        """
+        if self.training:
+            if self.distil is None:
+                raise UadxError("this method has no loss for each image", "train it with a distillation method for QAT")
+            losses, anomaly_map = self.distil(self.network, images)
+            return losses, anomaly_map.flatten(0, 1)
+        output = self.network(images)
+        anomaly_map = output.anomaly_map
+        if anomaly_map.ndim == 4:
+            anomaly_map = anomaly_map.flatten(0, 1)
+        score = anomaly_map.amax(dim=(-2, -1)) if output.pred_score is None else output.pred_score.reshape(-1)
+        return score, anomaly_map
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Normalisation of images in 0..1.
+
+    Attributes:
+        mean: Of each RGB channel.
+        std: Of each RGB channel.
+    """
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+def preprocessing_of(module: AnomalibModule, size: tuple[int, int]) -> Preprocessing:
+    """Return the normalisation that a model's pre-processor does to images that already have its size.
+
+    Args:
+        module: Trained module.
+        size: ``(height, width)`` of its input.
+
+    Raises:
+        UadxError: The pre-processor does something else, which an exported model could not repeat.
+    """
+    mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    transform = getattr(module.pre_processor, "transform", None)
+    for normalize in extract_transforms_by_type(transform, Normalize) if transform is not None else []:
+        mean, std = tuple(map(float, normalize.mean)), tuple(map(float, normalize.std))
+    images = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0))
+    found = module.pre_processor(images) if module.pre_processor is not None else images
+    expected = (images - torch.tensor(mean).reshape(3, 1, 1)) / torch.tensor(std).reshape(3, 1, 1)
+    if found.shape != expected.shape or not torch.allclose(found, expected, atol=1e-4):
+        raise UadxError(
+            f"the pre-processor of {type(module).__name__} does more than resize and normalise",
+            "only models with anomalib's usual pre-processor can be quantized",
+        )
+    return Preprocessing(mean, std)
+
+
+def build_core(module: AnomalibModule) -> Core:
+    """Return the core of a trained module, on the CPU, in evaluation, in the usual memory layout."""
+    core = Core(module.cpu().eval())
+    return core.to(memory_format=torch.contiguous_format).eval()
+
+
+def student_parameters(module: AnomalibModule) -> set[str]:
+    """Return the names in ``Core`` of the parameters that training updates.
+
+    Raises:
+        UadxError: The method does not tell student and teacher apart.
+    """
+    if not isinstance(module, DistillationRecipe):
+        raise UadxError(f"{type(module).__name__} has no student", "use scope 'all'")
+    trained = {id(parameter) for parameter in module.trained_parameters()}
+    return {f"network.{name}" for name, parameter in module.model.named_parameters() if id(parameter) in trained}

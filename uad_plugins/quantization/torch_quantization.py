@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import nncf
@@ -23,6 +24,7 @@ from nncf.torch.function_hook.wrapper import get_hook_storage, wrap_model
 from nncf.torch.quantization.layers import PTQuantizerSpec, SymmetricQuantizer
 from torch import nn
 
+from uad_plugins.artifacts import atomic_path, checked
 from uad_plugins.errors import UadxError
 from uad_plugins.quantization.graph import NORM, TRANSPOSED
 from uad_plugins.quantization.quiet import quiet_quantizers
@@ -164,13 +166,24 @@ def strip(model: nn.Module, example: torch.Tensor) -> nn.Module:
     return stripped
 
 
-def scale_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the scales of the quantizers by parameter name, each once."""
-    return {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if name.startswith("__nncf_hooks.") and name.endswith("_scale_param_storage")
-    }
+def student_scales(model: nn.Module, graph: TorchGraph, student: set[str]) -> set[str]:
+    """Return the parameter names of the scales that the student's training may change.
+
+    These are the scales of quantizers that act only on what the student computes. A quantizer that the teacher's
+    convolutions see too (of the image, of a feature that both take) is part of the target, and stays.
+
+    Args:
+        model: Quantized network.
+        graph: Of the float network.
+        student: Names of the student's parameters.
+    """
+    own = graph.after(graph.convolutions_of(student))
+    places: dict[int, list[bool]] = {}
+    for name, hook in hooks(model):
+        places.setdefault(id(hook), []).append(decode_hook_name(name)[1] in own)
+    allowed = {id(parameter) for _, hook in hooks(model) if all(places[id(hook)]) for parameter in hook.parameters()}
+    named = model.named_parameters()
+    return {name for name, value in named if id(value) in allowed and value.is_floating_point()}
 
 
 def configuration(model: nn.Module) -> str:
@@ -195,3 +208,23 @@ def restore(core: nn.Module, configured: str, state: dict[str, Any] | None = Non
 
 def _key(operation: str) -> str:
     return operation.replace(".", ":")
+
+
+def save_quantized(model: nn.Module, path: Path, **facts: Any) -> None:
+    """Write weights and quantizers of a network, with plain facts beside them; the module itself cannot be pickled."""
+    with atomic_path(path) as temporary:
+        torch.save({"state_dict": model.state_dict(), "nncf_config": configuration(model), **facts}, temporary)
+
+
+def load_quantized(core: nn.Module, path: Path) -> nn.Module:
+    """Restore what ``save_quantized`` wrote, bit for bit, into the float network it came from.
+
+    Args:
+        core: Float network of the same shape; it is changed.
+        path: The file.
+
+    Raises:
+        UadxError: The file is missing or damaged.
+    """
+    content = checked(path, lambda file: torch.load(file, map_location="cpu", weights_only=True))
+    return restore(core, content["nncf_config"], content["state_dict"])

@@ -96,7 +96,8 @@ class Guard:
         self._labels = table.labels[indices].astype(int)
         mean, std = request.calibration.mean, request.calibration.std
         self.images: list[FloatArray] = [
-            normalise(resize_rgb(read_rgb(table.paths[int(index)]), request.image_size)[None], mean, std) for index in indices
+            normalise(resize_rgb(read_rgb(table.paths[int(index)]), request.image_size)[None], mean, std)
+            for index in indices
         ]
         self._expected: list[tuple[float, NDArray[np.float64]]] | None = None
         self.record = {

@@ -179,6 +179,20 @@ class Run:
         use_plugins(config.plugins)
         return config
 
+    def source(self) -> dict[str, Any]:
+        """Return what later stations note of where they came from: the checkpoint, and how the data was split."""
+        config, manifest = self.config(), self.manifest()
+        return {
+            "run": str(self.folder.absolute()),
+            "checkpoint_sha256": manifest.checkpoint_sha256 or sha256_of(self.checkpoint),
+            "data": manifest.data.get("root"),
+            "layout": config.data.layout,
+            "categories": config.data.categories,
+            "val_fraction": config.data.val_fraction,
+            "seed": config.seed,
+            "target_fpr": config.thresholds.target_fpr,
+        }
+
     @classmethod
     def open(cls, folder: Path) -> Run:
         """Open a finished run.

@@ -151,7 +151,8 @@ def quantize(request: QuantizationRequest) -> QuantizationResult:
     save_quantized(core, request.folder / "quantized.ckpt", profile=options.profile)
     files = _export(request, core, options)
     details = {**trained, "overflow_fix": fix, "student_tensors": len(student), "student_scales": len(scales)}
-    return QuantizationResult(files, "int8", options.profile, whole=options.scope == "all", details=details)
+    whole = options.scope == "all"
+    return QuantizationResult(files, "int8", options.profile, whole=whole, trained=True, details=details)
 
 
 def _train(request: QuantizationRequest, module: QatModule) -> dict[str, Any]:

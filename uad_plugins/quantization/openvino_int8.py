@@ -72,7 +72,9 @@ def quantize(request: QuantizationRequest) -> QuantizationResult:
     save_openvino(quantized, request.folder / "model.xml")
     done, total = quantized_share(quantized)
     details["convolutions"] = {"all": total, "quantized": done}
-    return QuantizationResult(["model.xml", "model.bin"], "int8", "openvino", whole=options.max_drop is None, details=details)
+    return QuantizationResult(
+        ["model.xml", "model.bin"], "int8", "openvino", whole=options.max_drop is None, details=details
+    )
 
 
 class Guard:

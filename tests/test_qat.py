@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -52,7 +53,9 @@ def trainable(method, **options):
 @pytest.mark.parametrize("freeze", [True, False])
 def test_a_step_moves_the_student_and_its_scales_and_nothing_else(method, freeze):
     model, scales = trainable(method, freeze_batchnorm=freeze, lr=1e-2, scale_lr=1e-2)
-    before = {name: value.clone() for name, value in model.core.state_dict(keep_vars=True).items()}
+    # Each once: a shared scale has several names in the state dict.
+    watched = {**dict(model.core.named_parameters()), **dict(model.core.named_buffers())}
+    before = {name: value.detach().clone() for name, value in watched.items()}
     model.trainer = type("Trainer", (), {"estimated_stepping_batches": 10})()
     optimizer = model.configure_optimizers()["optimizer"]
     weights, of_scales = optimizer.param_groups
@@ -61,22 +64,22 @@ def test_a_step_moves_the_student_and_its_scales_and_nothing_else(method, freeze
     assert len(weights["params"]) == len(students(method))
     model.losses(torch.cat(noise(2, seed=9)), training=True).mean().backward()
     optimizer.step()
-    after = model.core.state_dict(keep_vars=True)
-    moved = {name for name in before if not torch.equal(before[name], after[name])}
-    stored = {name.replace("_scale_param_storage", "scale") for name in scales}
-    assert moved & stored
+    moved = {name for name in before if not torch.equal(before[name], watched[name])}
+    assert moved & scales
     statistics = {name for name in moved if "running_" in name or "num_batches" in name}
-    assert moved - statistics <= students(method) | stored
+    assert moved - statistics <= students(method) | scales
     assert bool(statistics) == (not freeze and method != "patches")
-    assert not any("teacher" in name or "encoder" in name or "old" in name for name in moved - stored)
+    assert not any("teacher" in name or "encoder" in name or "old" in name for name in moved - scales)
 
 
 @pytest.mark.parametrize("method", ["stfpm", "reverse_distillation", "patches"])
 def test_the_held_out_loss_is_the_training_loss(method):
     model, _ = trainable(method)
     images = torch.cat(noise(2, seed=9))
-    mean = model.losses(images, training=True).mean()
-    assert model.losses(images, training=False).mean() == pytest.approx(float(mean.detach()), rel=1e-4)
+    step = model.training_step(SimpleNamespace(image=images))
+    model.validation_step(SimpleNamespace(image=images))
+    assert model.held_out_loss.shape == (2,)
+    assert float(model.held_out_loss.detach().mean()) == pytest.approx(float(step.detach()), rel=1e-4)
 
 
 def test_the_loss_is_that_of_the_method():
@@ -87,7 +90,8 @@ def test_the_loss_is_that_of_the_method():
             quantizer.disable_quantization()
     images = torch.cat(noise(2, seed=9))
     expected, _ = type(module("stfpm")).distil(module("stfpm").model, images)
-    assert torch.allclose(model.losses(images, training=False), expected, rtol=1e-4)
+    # But for the biases, which calibration has corrected.
+    assert torch.allclose(model.losses(images, training=False), expected, rtol=1e-3)
 
 
 def test_the_best_epoch_is_kept_and_better_than_calibration(unbroken):
@@ -161,7 +165,8 @@ def test_scope_student_is_trained_and_exported(run, tmp_path):
 def test_a_method_without_a_student_is_refused(products, tmp_path):
     from runs import small_run
 
-    small_run(products, tmp_path / "run", {"model": {"name": "anomalib:Padim", "layers": ["layer1"]}, "trainer": {}})
+    model = {"name": "anomalib:Padim", "layers": ["layer1"], "options": {"n_features": 16}}
+    small_run(products, tmp_path / "run", {"model": model, "trainer": {"max_epochs": 1}})
     with pytest.raises(UsageError, match="cannot be quantized by nncf-qat"):
         quantize(Order(tmp_path / "run", tmp_path / "q", "nncf-qat"))
 

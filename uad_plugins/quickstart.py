@@ -26,7 +26,7 @@ MARK = ".uadx-quickstart"
 
 @dataclass(frozen=True)
 class Quickstart:
-    """Where everything was written, and what was measured; ``int8`` is None where OpenVINO or NNCF is not installed."""
+    """Where everything was written, and what was measured; ``int8`` is None without OpenVINO and NNCF."""
 
     data: Path
     run: Path
@@ -99,7 +99,7 @@ def run_quickstart(
     if quantizing:
         from uad_plugins.quantization.quantize import Order, quantize
 
-        with step("quantize", f"4/{steps}  quantizing it to INT8, and testing that beside FP32"):
+        with step("quantize", f"4/{steps}  quantizing it to INT8, tested beside FP32"):
             int8 = quantize(Order(run, out / "int8", "openvino-int8", samples=60, data=str(data)))
     report = write_report(
         result,

@@ -26,7 +26,7 @@ def main():
     options = parser.parse_args()
     lines = [json.loads(line) for line in options.results.read_text().splitlines() if line.strip()]
     methods = sorted({line["method"] for line in lines})
-    figure, axes = plt.subplots(2, len(methods), figsize=(5 * len(methods), 7), squeeze=False, sharey="row")
+    figure, axes = plt.subplots(2, len(methods), figsize=(max(7, 5 * len(methods)), 7), squeeze=False, sharey="row")
     for column, method in enumerate(methods):
         mine = [line for line in lines if line["method"] == method]
         accuracy(axes[0][column], [line for line in mine if line["kind"] == "accuracy"])

@@ -1,7 +1,10 @@
 """The verb: from a run to a quantized model, judged, and read by later verbs like a run."""
 
+import importlib.util
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -415,6 +418,33 @@ def test_the_overflow_fix_goes_by_the_processor(monkeypatch):
     assert chosen_fix("auto") == "disable"
     assert chosen_fix("enable") == "enable"
     assert OpenvinoOptions().overflow_fix == "auto"
+
+
+@pytest.mark.slow
+def test_the_quickstart_includes_int8(tmp_path):
+    done = command("quickstart", "--out", tmp_path / "out", "--epochs", "1", "--image-size", "64", "--json")
+    assert done.exit_code == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["int8"]["status"] == "finished"
+    assert document["int8"]["auroc"]["mean"]["image_auroc"]["fp32"] == pytest.approx(document["mean"]["image_auroc"])
+    assert Quantized.open(tmp_path / "out" / "int8").manifest().precision == "int8"
+    assert "FP32 beside INT8" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_the_placement_oracle_compares_where_it_is_installed(small, tmp_path):
+    """ModelOpt needs an environment of its own: where it is absent the script says so and does nothing."""
+    for backend in ("fp32", "tensorrt-int8"):
+        quantize(Order(small, tmp_path / backend, backend, samples=3))
+    script = Path(__file__).parents[1] / "benchmarks" / "modelopt_oracle.py"
+    words = [sys.executable, str(script), str(tmp_path / "fp32"), str(tmp_path / "tensorrt-int8")]
+    done = subprocess.run([*words, "--out", str(tmp_path / "oracle.onnx")], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    if importlib.util.find_spec("modelopt") is None:
+        assert "modelopt is not installed" in done.stderr
+    else:
+        document = json.loads(done.stdout)
+        assert document["modelopt"]["weights"] == document["ours"]["weights"]
+        assert document["ours"]["main branches"] == 0
 
 
 def test_rank_correlation_is_spearmans():

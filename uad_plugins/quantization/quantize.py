@@ -138,7 +138,6 @@ def quantize(order: Order, tell: Callable[[str], None] = lambda _: None) -> Quan
                 folder=station.folder,
                 seed=order.seed,
                 resume=order.resume,
-                given=frozenset(order.options or {}),
             )
             result = plugin.quantize(request)
         tell("auditing the result, and comparing it with FP32 on held-out images")

@@ -12,12 +12,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from uad_plugins.models import ReverseDistillation, Stfpm
+from uad_plugins.quantization.calibration import calibrate
 from uad_plugins.quantization.core import Core, student_parameters
 from uad_plugins.quantization.export import to_onnx
 from uad_plugins.quantization.quiet import quiet_quantizers
 from uad_plugins.quantization.torch_quantization import quantize_core, strip
 
 SIDE = 64
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 METHODS = ("stfpm", "reverse_distillation", "patches")
 
 
@@ -127,3 +129,8 @@ def exported(method: str, profile: str, scope: str = "all"):
             return to_onnx(core(method), (SIDE, SIDE))
     with quiet_quantizers():
         return to_onnx(strip(quantized(method, profile, scope), noise(1)[0]), (SIDE, SIDE))
+
+
+def calibration(table, source="dataset", samples=9, size=(64, 64), **options):
+    """Calibration data of a table with all its categories."""
+    return calibrate(source, samples, table, table.categories, image_size=size, mean=MEAN, std=STD, **options)

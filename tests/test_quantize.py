@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from networks import core, noise, quantized
+from networks import MEAN, STD, calibration, core, noise, quantized
 from runs import small_run
 from typer.testing import CliRunner
 from uadx.app import app
@@ -23,19 +23,16 @@ from uad_plugins.detector import open_detector
 from uad_plugins.errors import UadxError, UsageError
 from uad_plugins.hookspecs import QuantizationResult, QuantizerPlugin
 from uad_plugins.imaging import read_rgb, resize_rgb
-from uad_plugins.quantization.calibration import SOURCES, calibrate
-from uad_plugins.quantization.export import save_onnx, to_onnx, to_openvino
+from uad_plugins.quantization.calibration import SOURCES
+from uad_plugins.quantization.export import save_onnx, to_onnx
 from uad_plugins.quantization.openvino_int8 import chosen_fix
 from uad_plugins.quantization.options import OpenvinoOptions
 from uad_plugins.quantization.quantize import Order, quantize
-from uad_plugins.quantization.quiet import quiet_quantizers
 from uad_plugins.quantization.referee import Limits, compare, rank_correlation
 from uad_plugins.quantization.torch_quantization import load_quantized, save_quantized
 from uad_plugins.quantized import Quantized
 from uad_plugins.runtime.exported import normalise
 from uad_plugins.testing.common import registered
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @pytest.fixture(scope="session")
@@ -70,10 +67,6 @@ def int8(small, products, tmp_path_factory):
 @pytest.fixture
 def table(products):
     return hold_out(scan(products), 0.1, 0)
-
-
-def calibration(table, source="dataset", samples=9, size=(64, 64), **options):
-    return calibrate(source, samples, table, table.categories, image_size=size, mean=MEAN, std=STD, **options)
 
 
 def command(*words):
@@ -297,94 +290,6 @@ def test_data_that_has_gone_says_how_to_name_it(small, tmp_path):
     with pytest.raises(UadxError, match="the run's data is not there") as error:
         quantize(Order(run, tmp_path / "q", "fp32"))
     assert "--data" in error.value.hint
-
-
-def test_calibration_images_are_balanced_and_never_test_or_held_out(table):
-    chosen = calibration(table, samples=12)
-    rows = {sample.path: sample for sample in table}
-    assert {rows[path].split for path in chosen.paths} == {"train"}
-    assert {rows[path].label for path in chosen.paths} == {0}
-    assert chosen.record["images"] == dict.fromkeys(table.categories, 4)
-    assert chosen.paths == calibration(table, samples=12).paths
-    assert chosen.paths != calibration(table, samples=12, seed=1).paths
-    assert chosen.record["images_sha256"] != calibration(table, samples=12, seed=1).record["images_sha256"]
-
-
-def test_too_few_images_are_all_used_and_recorded(table):
-    chosen = calibration(table, samples=1000)
-    assert len(chosen) == chosen.record["samples"] == len(table.where(split="train", label=0))
-    assert chosen.record["asked"] == 1000
-
-
-def test_a_missing_category_is_named(table):
-    with pytest.raises(UadxError, match="no normal training image of gear"):
-        calibrate("dataset", 9, table, [*table.categories, "gear"], image_size=(64, 64), mean=MEAN, std=STD)
-    noisy = calibrate("random-normal", 9, table, [*table.categories, "gear"], image_size=(64, 64), mean=MEAN, std=STD)
-    assert len(noisy) == 9
-
-
-def test_an_unreadable_image_is_left_out(products, tmp_path):
-    data = shutil.copytree(products, tmp_path / "data")
-    table = hold_out(scan(data), 0.1, 0)
-    broken = calibration(table, samples=3).paths[0]
-    Path(broken).write_bytes(b"not an image")
-    chosen = calibration(table, samples=3)
-    assert broken not in chosen.paths
-    assert chosen.record["skipped"] == [broken]
-    assert len(chosen) == 3
-
-
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("size", [(64, 64), (32, 96)])
-def test_samples_are_made_anew_and_alike(table, source, size):
-    chosen = calibration(table, source, samples=8, size=size)
-    assert len(chosen) == 8
-    first, again = [chosen[i] for i in range(8)], list(chosen)
-    assert all(item.shape == (1, 3, *size) and item.dtype == np.float32 for item in first)
-    assert all(np.array_equal(one, other) for one, other in zip(first, again, strict=True))
-    with pytest.raises(IndexError):
-        chosen[8]
-
-
-def test_noise_is_standard_normal(table):
-    values = np.concatenate([item.ravel() for item in calibration(table, "random-normal", samples=20)])
-    assert abs(values.mean()) < 0.01
-    assert abs(values.std() - 1) < 0.01
-
-
-def test_noise_means_the_same_with_the_normalisation_in_the_graph(table, tmp_path):
-    """Ranges of all shared quantizers are equal; feeding noise as if it were an image would give others."""
-    import nncf
-    import openvino
-    from openvino.preprocess import PrePostProcessor
-
-    with quiet_quantizers():
-        path = save_onnx(to_onnx(core("stfpm"), (64, 64)), tmp_path / "model.onnx")
-        bare = to_openvino(path)
-        steps = PrePostProcessor(to_openvino(path))
-        steps.input().preprocess().mean([m for m in MEAN]).scale([s for s in STD])
-        steps.input().model().set_layout(openvino.Layout("NCHW"))
-        whole = steps.build()
-        chosen = calibration(table, "random-normal", samples=4)
-        ranges = []
-        for model, items in (
-            (bare, list(chosen)),
-            (whole, [chosen.in_image_space(i) for i in range(4)]),
-            (whole, list(chosen)),
-        ):
-            found = nncf.quantize(model, nncf.Dataset(items), subset_size=4)
-            ranges.append(
-                {
-                    node.get_friendly_name(): float(node.input_value(2).get_node().data.max())
-                    for node in found.get_ops()
-                    if node.get_type_name() == "FakeQuantize" and node.input_value(2).get_node().data.size == 1
-                }
-            )
-    shared = sorted(set(ranges[0]) & set(ranges[1]) & set(ranges[2]))
-    assert len(shared) > 20
-    expected, same, other = ([each[name] for name in shared] for each in ranges)
-    np.testing.assert_allclose(same, expected, rtol=1e-4)
-    assert not np.allclose(other, expected, rtol=1e-2)
 
 
 def test_preprocessing_is_the_models_own(small, products):

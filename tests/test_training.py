@@ -207,7 +207,7 @@ def test_a_run_is_replaced_only_when_its_successor_can_begin(products, trained, 
 
 def test_two_trainings_cannot_write_to_one_run(products, tmp_path):
     run = Run(tmp_path / "run")
-    with locked(run), pytest.raises(UadxError, match="another training is writing to it"):
+    with locked(run.folder), pytest.raises(UadxError, match="another process is writing to it"):
         small_run(products, run.folder)
     assert list(tmp_path.iterdir()) == []
 

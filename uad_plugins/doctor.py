@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from uad_plugins.cpu import cpu_flags
 from uad_plugins.errors import reason_of
 from uad_plugins.hookspecs import Requirement
 from uad_plugins.registry import registry
@@ -138,23 +139,12 @@ def machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "processor": platform.processor() or platform.machine(),
     }
-    optional: list[tuple[str, Callable[[], Any]]] = [("cpu_flags", _cpu_flags), ("gpus", _gpus)]
+    optional: list[tuple[str, Callable[[], Any]]] = [("cpu_flags", cpu_flags), ("gpus", _gpus)]
     for name, find in optional:
         value = find()
         if value:
             facts[name] = value
     return facts
-
-
-def _cpu_flags() -> list[str]:
-    """Return the vector instructions that matter to INT8 speed (Linux)."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:  # noqa: PTH123
-            text = file.read()
-    except OSError:
-        return []
-    flags = set(next((line.split(":", 1)[1].split() for line in text.splitlines() if line.startswith("flags")), []))
-    return [flag for flag in ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "amx_int8") if flag in flags]
 
 
 def _gpus() -> list[str]:

@@ -13,20 +13,22 @@ they must be light: import torch and the like inside the functions a description
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pluggy
+from pydantic import BaseModel, ConfigDict
 
 if TYPE_CHECKING:
     import typer
-    from pydantic import BaseModel
 
+    from uad_plugins.artifacts import Run
     from uad_plugins.config import TrainConfig
-    from uad_plugins.data.samples import Sample
+    from uad_plugins.data.samples import Sample, SampleTable
     from uad_plugins.detector import Detector
+    from uad_plugins.quantization.calibration import Calibration
 
 ENTRY_POINT_GROUP = "uadx.plugins"
 
@@ -95,22 +97,88 @@ class Requirement:
     check: Callable[[], str | None] | None = None
 
 
+class NoOptions(BaseModel):
+    """A plugin without options of its own."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True)
+class QuantizationRequest:
+    """What a backend is given.
+
+    Attributes:
+        run: The trained run.
+        config: What it was trained with.
+        module: The trained ``anomalib.models.AnomalibModule``, on the CPU, in evaluation.
+        core: Its network as a ``torch.nn.Module``: normalised float32 ``(N, 3, H, W)`` to scores ``(N,)`` and maps
+            ``(N, H, W)``.
+        image_size: ``(height, width)`` in pixels.
+        calibration: Normalised images, float32 ``(1, 3, H, W)`` each, made when asked for.
+        table: Samples with the splits of the training; ``val`` was held out from it, ``test`` must not be used.
+        options: The backend's own, validated.
+        folder: Where to write the model's files. What a backend needs to continue may be kept below ``work``.
+        seed: Of everything random.
+        resume: Continue what a killed call has begun.
+    """
+
+    run: Run
+    config: TrainConfig
+    module: Any
+    core: Any
+    image_size: tuple[int, int]
+    calibration: Calibration
+    table: SampleTable
+    options: Any
+    folder: Path
+    seed: int = 0
+    resume: bool = False
+
+
+@dataclass(frozen=True)
+class QuantizationResult:
+    """What a backend has made.
+
+    Attributes:
+        files: Model files written to the folder, by name: ``model.onnx``, or ``model.xml`` and ``model.bin``, or all. Input:
+            one normalised image ``(1, 3, H, W)``; outputs in this order: score ``(1,)``, map ``(1, H, W)``.
+        precision: ``int8``, ``fp16`` or ``fp32``.
+        profile: Rules that the files are audited by: ``openvino``, ``tensorrt`` or ``float``.
+        whole: Every convolution of the network is quantized; False for those that leave some in float on purpose.
+        trained: Weights were trained on: the result is not expected to agree with FP32 to the last percent.
+        details: What else is to be remembered, as plain data.
+    """
+
+    files: Sequence[str]
+    precision: str
+    profile: str
+    whole: bool = True
+    trained: bool = False
+    details: dict[str, Any] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class QuantizerPlugin:
     """A backend that turns a trained run into a quantized model.
 
+    Calibration data, audit, comparison with FP32, thresholds and manifest are the same for all backends and done by
+    ``uadx quantize``.
+
     Attributes:
         name: What ``--backend`` takes.
         summary: One line for listings.
-        quantize: Keyword arguments ``run``, ``out``, ``calibration``, ``samples`` and the backend's options -> the folder
-            written.
+        quantize: Writes the model's files and says what they are. Raises ``UadxError`` for what the user can put right.
+        options: Pydantic model of the backend's own options (``--set``); every field has a default and a description.
         requires: What must be installed.
+        supports: What the method must support (``ModelPlugin.supports``).
     """
 
     name: str
     summary: str
-    quantize: Callable[..., Path]
+    quantize: Callable[[QuantizationRequest], QuantizationResult]
+    options: type[BaseModel] = NoOptions
     requires: tuple[Requirement, ...] = ()
+    supports: frozenset[str] = frozenset({"export"})
 
 
 @dataclass(frozen=True)

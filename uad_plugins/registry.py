@@ -20,6 +20,8 @@ from uad_plugins.errors import UadxError, reason_of, unknown_name
 BUILTINS = (
     "uad_plugins.data.plugin",
     "uad_plugins.models.plugin",
+    "uad_plugins.runtime.plugin",
+    "uad_plugins.quantization.plugin",
 )
 LOAD_VARIABLE = "UADX_LOAD_PLUGINS"
 STRICT_VARIABLE = "UADX_STRICT_PLUGINS"

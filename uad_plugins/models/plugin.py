@@ -11,17 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from uad_plugins.config import TrainConfig, recipe_path
 from uad_plugins.errors import UsageError, missing_extra
-from uad_plugins.hookspecs import ModelPlugin, Requirement, RuntimePlugin, hookimpl
+from uad_plugins.hookspecs import ModelPlugin, NoOptions, Requirement, RuntimePlugin, hookimpl
 from uad_plugins.models.uninformed_students.options import UninformedStudentsOptions
 
 if TYPE_CHECKING:
     from uad_plugins.detector import Detector
-
-
-class NoOptions(BaseModel):
-    """A method without options of its own."""
-
-    model_config = ConfigDict(extra="forbid")
 
 
 class ReverseDistillationOptions(BaseModel):

@@ -9,7 +9,7 @@ import torch
 from anomalib.callbacks.checkpoint import ModelCheckpoint
 from anomalib.engine.plugins import AnomalibCheckpointIO
 
-from uad_plugins.artifacts import Run, atomic_path
+from uad_plugins.artifacts import atomic_path
 
 MONITOR = "val_loss"
 """What the checkpoint is chosen by: the mean over categories of the loss on held-out normal images."""
@@ -26,12 +26,16 @@ class AtomicCheckpointIO(AnomalibCheckpointIO):
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Keeps the best checkpoint by held-out normal images as ``model.ckpt``."""
+    """Keeps the best checkpoint by held-out normal images.
 
-    def __init__(self, run: Run) -> None:
+    Args:
+        path: Where.
+    """
+
+    def __init__(self, path: Path) -> None:
         super().__init__(
-            dirpath=run.folder,
-            filename=run.checkpoint.stem,
+            dirpath=path.parent,
+            filename=path.stem,
             monitor=MONITOR,
             mode="min",
             save_top_k=1,
@@ -41,7 +45,7 @@ class BestCheckpoint(ModelCheckpoint):
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what was the best so far, also when the run's folder lies elsewhere now."""
+        """Take over what was the best so far, also when the folder lies elsewhere now."""
         folder = Path(str(self.dirpath))
 
         def here(path: str) -> str:
@@ -55,15 +59,18 @@ class BestCheckpoint(ModelCheckpoint):
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Keeps the checkpoint of the last whole epoch as ``last.ckpt``, whether it is the best or not.
+    """Keeps the checkpoint of the last whole epoch, whether it is the best or not.
 
     To be given to the trainer behind ``BestCheckpoint``: what it writes includes what the other has decided.
+
+    Args:
+        path: Where.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, path: Path) -> None:
         super().__init__(
-            dirpath=run.folder,
-            filename=run.last_checkpoint.stem,
+            dirpath=path.parent,
+            filename=path.stem,
             save_top_k=1,
             auto_insert_metric_name=False,
             enable_version_counter=False,

@@ -32,14 +32,14 @@ def main_process() -> bool:
 
 
 @contextmanager
-def locked(run: Run) -> Iterator[None]:
-    """Hold the run for this process; another training to the same folder is refused meanwhile.
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process; another one that would write to it is refused meanwhile.
 
     Raises:
         UadxError: Another process holds it.
     """
-    run.folder.parent.mkdir(parents=True, exist_ok=True)
-    path = run.folder.parent / f".{run.folder.name}.lock"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    path = folder.parent / f".{folder.name}.lock"
     if fcntl is None or not main_process():
         yield
         return
@@ -47,18 +47,16 @@ def locked(run: Run) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UadxError(
-                f"{run.folder}: another training is writing to it", "wait for it, or name another folder"
-            ) from None
+            raise UadxError(f"{folder}: another process is writing to it", "wait for it, or name another folder") from None
         try:
             yield
         finally:
             path.unlink(missing_ok=True)
 
 
-def cache_path(run: Run) -> Path:
+def cache_path(folder: Path) -> Path:
     """Return where decoded images are kept while a run is trained: beside it, so that it survives the run's replacement."""
-    return run.folder.parent / f".{run.folder.name}.pixels"
+    return folder.parent / f".{folder.name}.pixels"
 
 
 def check_folder(run: Run, *, resume: bool, overwrite: bool) -> None:
@@ -99,10 +97,8 @@ def write_start(run: Run, config: TrainConfig, manifest: RunManifest, skipped: M
         skipped: Images left out.
         fresh: Begin anew; what is there is replaced.
     """
-    if fresh and run.folder.exists() and any(run.folder.iterdir()):
-        doomed = Path(tempfile.mkdtemp(prefix=f".{run.folder.name}.", dir=run.folder.parent))
-        os.replace(run.folder, doomed)  # noqa: PTH105
-        shutil.rmtree(doomed)
+    if fresh:
+        discard(run.folder)
     run.folder.mkdir(parents=True, exist_ok=True)
     # What a killed training was writing; it never got its name.
     for leftover in run.folder.glob(".*.part"):
@@ -110,6 +106,14 @@ def write_start(run: Run, config: TrainConfig, manifest: RunManifest, skipped: M
     write_text(run.config_file, to_yaml(config))
     write_json(run.folder / "skipped.json", dict(skipped))
     run.write_manifest(manifest)
+
+
+def discard(folder: Path) -> None:
+    """Delete a folder; another process never sees half of it."""
+    if folder.exists() and any(folder.iterdir()):
+        doomed = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        os.replace(folder, doomed)  # noqa: PTH105
+        shutil.rmtree(doomed)
 
 
 def resumed_config(run: Run, given: Mapping[str, Any], resolved: TrainConfig) -> TrainConfig:

@@ -67,13 +67,13 @@ def train(
     """
     check_trainer_arguments(config.trainer)
     run = Run(out.expanduser().absolute())
-    with locked(run), quiet_libraries():
+    with locked(run.folder), quiet_libraries():
         check_folder(run, resume=resume, overwrite=overwrite)
         resuming = resume and (run.folder / MANIFEST).is_file()
         if resuming:
             config = resumed_config(run, given or {}, config)
         seed_everything(config.seed, workers=True, verbose=False)
-        module = _datamodule(config, data)
+        module = datamodule(config, data)
         table = module.index()
         check_thresholds(config, table)
         if resuming:
@@ -83,7 +83,7 @@ def train(
         # Built before the images are verified: missing weights are found in a second, bad images perhaps in an hour.
         model = model_plugin(config.model.name).build(config)
         config = fit_trainer_arguments(config, model, given or {})
-        cache = _cache(run, config, table)
+        cache = pixel_cache(cache_path(run.folder), config, table)
         try:
             module.verify_images(verifying, cache)
             manifest = _manifest(config, module, model, data, fingerprint)
@@ -113,18 +113,19 @@ def check_thresholds(config: TrainConfig, table: SampleTable) -> None:
         )
 
 
-def _cache(run: Run, config: TrainConfig, table: SampleTable) -> PixelCache | None:
+def pixel_cache(path: Path, config: TrainConfig, table: SampleTable) -> PixelCache | None:
     """Return the cache for decoded images; None when several processes train, or when it would be too large."""
     devices, accelerator = config.trainer.get("devices", "auto"), config.trainer.get("accelerator", "auto")
     one_by_itself = accelerator == "cpu" or torch.cuda.device_count() <= 1
     alone = devices in (1, "1", [0]) or (devices == "auto" and one_by_itself)
     if not config.data.cache or not alone or config.trainer.get("num_nodes", 1) != 1:
         return None
-    cache = PixelCache(cache_path(run), config.data.size)
+    cache = PixelCache(path, config.data.size)
     return cache if cache.fits(int((table.splits != SPLITS.index("test")).sum())) else None
 
 
-def _datamodule(config: TrainConfig, data: str | Path) -> UnifiedDataModule:
+def datamodule(config: TrainConfig, data: str | Path) -> UnifiedDataModule:
+    """Return the datamodule that a configuration describes; nothing is read yet."""
     section = config.data
     return UnifiedDataModule(
         root=str(data),
@@ -186,7 +187,14 @@ def _fit(
         **arguments,
         default_root_dir=run.folder,
         use_distributed_sampler=False,
-        callbacks=[seen, held_out, FiniteLoss(), TrainingProgress(interactive), BestCheckpoint(run), LastCheckpoint(run)],
+        callbacks=[
+            seen,
+            held_out,
+            FiniteLoss(),
+            TrainingProgress(interactive),
+            BestCheckpoint(run.checkpoint),
+            LastCheckpoint(run.last_checkpoint),
+        ],
         plugins=[AtomicCheckpointIO(extra_safe_globals=list(model.checkpoint_safe_globals()))],
         logger=[CSVLogger(run.folder, name="logs/csv"), TensorBoardLogger(run.folder, name="logs/tensorboard")],
     )

@@ -12,7 +12,7 @@ from uadx.output import counting, emit_json, note, table
 
 
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="Trained run.", metavar="RUN")],
+    run: Annotated[Path, typer.Argument(help="Trained run, or quantized model.", metavar="RUN")],
     data: Annotated[str, typer.Argument(help="Folder of images, or index file; its test split is used.", metavar="DATA")],
     out: Annotated[
         Path | None,

@@ -11,7 +11,7 @@ from uadx.output import counting, emit_json, note, say
 
 
 def predict(
-    run: Annotated[Path, typer.Argument(help="Trained run.", metavar="RUN")],
+    run: Annotated[Path, typer.Argument(help="Trained run, or quantized model.", metavar="RUN")],
     paths: Annotated[list[str], typer.Argument(help="Image files, folders or globs.", metavar="PATH...")],
     category: Annotated[str | None, typer.Option("--category", help="The product shown, for its own threshold.")] = None,
     out: Annotated[

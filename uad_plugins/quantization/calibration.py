@@ -1,0 +1,175 @@
+"""Calibration data: the run's own images, noise, or both; balanced, seeded, and written down. No torch in here."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from uad_plugins.data.samples import NORMAL, SampleTable, relative_to
+from uad_plugins.errors import UadxError, UsageError, unknown_name
+from uad_plugins.imaging import ImageError, read_rgb, resize_rgb
+from uad_plugins.runtime.exported import FloatArray, normalise
+
+DATASET, RANDOM_NORMAL, MIXED = "dataset", "random-normal", "mixed"
+SOURCES = (DATASET, RANDOM_NORMAL, MIXED)
+
+
+@dataclass(frozen=True)
+class Calibration(Sequence[FloatArray]):
+    """Normalised images, float32 ``(1, 3, H, W)`` each, made anew whenever one is asked for.
+
+    Attributes:
+        source: ``dataset``, ``random-normal`` or ``mixed`` (one of the first, one of the second, in turn).
+        image_size: ``(height, width)``.
+        mean: Of the RGB channels of images in 0..1.
+        std: The same.
+        seed: Of the noise and of the choice of images.
+        paths: Image files; empty where there are only random tensors.
+        noise: Number of random tensors.
+        record: What is written to the manifest.
+    """
+
+    source: Literal["dataset", "random-normal", "mixed"]
+    image_size: tuple[int, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    seed: int
+    paths: tuple[str, ...] = ()
+    noise: int = 0
+    record: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.paths) + self.noise
+
+    def __getitem__(self, index: int) -> FloatArray:  # type: ignore[override]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        turn = min(len(self.paths), self.noise)
+        if index < 2 * turn:
+            return self._image(index // 2) if index % 2 == 0 else self._noise(index // 2)
+        rest = index - turn
+        return self._image(rest) if len(self.paths) > turn else self._noise(rest)
+
+    def _image(self, index: int) -> FloatArray:
+        pixels = resize_rgb(read_rgb(self.paths[index]), self.image_size)
+        return normalise(pixels[None], self.mean, self.std)
+
+    def _noise(self, index: int) -> FloatArray:
+        generator = np.random.default_rng([self.seed, index])
+        return generator.standard_normal((1, 3, *self.image_size), dtype=np.float32)
+
+    def in_image_space(self, index: int) -> FloatArray:
+        """Return an item as a network with the normalisation inside its graph takes it: ``z * std + mean``.
+
+        Noise then leaves 0..1 and must: clipped, or rounded to 8 bits, it would be other data than the network sees
+        without the normalisation in its graph.
+        """
+        std, mean = (np.asarray(value, np.float32).reshape(1, 3, 1, 1) for value in (self.std, self.mean))
+        return np.asarray(self[index] * std + mean, np.float32)
+
+
+def calibrate(
+    source: str,
+    samples: int,
+    table: SampleTable,
+    categories: Sequence[str],
+    *,
+    image_size: tuple[int, int],
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    seed: int = 0,
+) -> Calibration:
+    """Choose calibration data.
+
+    Images are normal ones of the training split, as many of each category as of any other as far as there are; the held-out
+    ones are left for judging the result, and the test split is never touched.
+
+    Args:
+        source: One of ``SOURCES``.
+        samples: How many; with ``dataset`` and ``mixed`` fewer where there are not enough images.
+        table: Samples with their splits.
+        categories: Products the run was trained on; each needs an image.
+        image_size: ``(height, width)``.
+        mean: Of the RGB channels of images in 0..1.
+        std: The same.
+        seed: Of the noise and of the choice of images.
+
+    Raises:
+        UsageError: Unknown source, or fewer samples than categories.
+        UadxError: A category has no readable normal training image.
+    """
+    if source not in SOURCES:
+        raise unknown_name("calibration source", source, SOURCES)
+    if samples < 1:
+        raise UsageError(f"--samples {samples} makes no sense", "give at least 1")
+    noise = {DATASET: 0, RANDOM_NORMAL: samples, MIXED: samples // 2}[source]
+    paths, counts, skipped = _choose(table, categories, samples - noise, seed) if samples > noise else ([], {}, [])
+    record = {
+        "source": source,
+        "samples": len(paths) + noise,
+        "asked": samples,
+        "noise": noise,
+        "images": counts,
+        "skipped": skipped,
+        "images_sha256": hashlib.sha256("\n".join(relative_to(path, table.root) for path in paths).encode()).hexdigest()
+        if paths
+        else None,
+        "seed": seed,
+        "shape": [1, 3, *image_size],
+    }
+    return Calibration(source, image_size, mean, std, seed, tuple(paths), noise, record)  # type: ignore[arg-type]
+
+
+def _choose(
+    table: SampleTable, categories: Sequence[str], wanted: int, seed: int
+) -> tuple[list[str], dict[str, int], list[str]]:
+    """Choose readable normal training images, taking turns among the categories: paths, count of each, unreadable ones."""
+    missing = [name for name in categories if name not in table.categories or not len(_normal(table, name))]
+    if missing:
+        raise UadxError(
+            f"no normal training image of {', '.join(missing)} to calibrate with",
+            "give data with all products of the run (--data), or use --calibration random-normal",
+        )
+    if wanted < len(categories):
+        raise UsageError(
+            f"{wanted} calibration images cannot cover {len(categories)} products",
+            f"give --samples of at least {len(categories)}",
+        )
+    waiting = {
+        name: np.random.default_rng([seed, number]).permutation(_normal(table, name)).tolist()
+        for number, name in enumerate(categories)
+    }
+    chosen: list[str] = []
+    skipped: list[str] = []
+    counts = dict.fromkeys(categories, 0)
+    while len(chosen) < wanted and any(waiting.values()):
+        for name in categories:
+            path = _next_readable(table, waiting[name], skipped)
+            if path is not None and len(chosen) < wanted:
+                chosen.append(path)
+                counts[name] += 1
+    unreadable = [name for name, count in counts.items() if count == 0]
+    if unreadable:
+        raise UadxError(f"no image of {', '.join(unreadable)} can be read", "see 'uadx data check'")
+    return chosen, counts, skipped
+
+
+def _normal(table: SampleTable, category: str) -> NDArray[np.int64]:
+    return table.where(split="train", category=category, label=NORMAL)
+
+
+def _next_readable(table: SampleTable, waiting: list[int], skipped: list[str]) -> str | None:
+    while waiting:
+        path = table.paths[waiting.pop()]
+        try:
+            read_rgb(path)
+        except ImageError:
+            skipped.append(path)
+            continue
+        return path
+    return None

@@ -1,0 +1,88 @@
+"""A network as a graph of operations, whatever framework it is in: where its convolutions end and its head begins.
+
+The *head* is the arithmetic of the anomaly map: every node from which no convolution of the network can be reached any
+more. A filter over a single channel (the smoothing of a map) is no convolution in this sense. The rule needs no names, so
+it holds for methods that nobody has seen yet.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+CONV, TRANSPOSED, ADD, NORM, CONSTANT, INPUT = "conv", "transposed", "add", "norm", "constant", "input"
+"""Kinds that mean the same in every framework; all other kinds keep the framework's own names."""
+
+
+@dataclass
+class Graph:
+    """Operations and the tensors between them.
+
+    Attributes:
+        kinds: Kind of each node.
+        inputs: Producers of each node, by port.
+        outputs: Consumers of each node.
+        channels: Input channels of each convolution.
+    """
+
+    kinds: dict[str, str] = field(default_factory=dict)
+    inputs: dict[str, dict[int, str]] = field(default_factory=lambda: defaultdict(dict))
+    outputs: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    channels: dict[str, int] = field(default_factory=dict)
+
+    def connect(self, producer: str, consumer: str, port: int) -> None:
+        """Note that a node takes another's result at a port."""
+        self.inputs[consumer][port] = producer
+        self.outputs[producer].append(consumer)
+
+    def convolutions(self) -> list[str]:
+        """Return the convolutions of the network: those over more than one channel."""
+        return [name for name, kind in self.kinds.items() if kind in {CONV, TRANSPOSED} and self.channels.get(name, 0) > 1]
+
+    def before(self, names: Iterable[str]) -> set[str]:
+        """Return the nodes from which one of the named can be reached, the named included."""
+        return _reach(names, lambda name: self.inputs.get(name, {}).values())
+
+    def after(self, names: Iterable[str]) -> set[str]:
+        """Return the nodes that can be reached from one of the named, the named included."""
+        return _reach(names, lambda name: self.outputs.get(name, ()))
+
+    def moving(self) -> set[str]:
+        """Return the nodes whose result depends on the network's input."""
+        return self.after(name for name, kind in self.kinds.items() if kind == INPUT)
+
+    def head(self) -> set[str]:
+        """Return the nodes that stay float."""
+        return set(self.kinds) - self.before(self.convolutions())
+
+    def additions(self) -> list[tuple[str, str, str]]:
+        """Return the residual additions before the head as ``(addition, main branch, skip branch)``.
+
+        A branch is named by the node that feeds the addition. The skip branch is the one with fewer convolutions of its own:
+        none where it is the block's input, one where it projects to another shape.
+        """
+        convolutions, head, moving = set(self.convolutions()), self.head(), self.moving()
+        found = []
+        for name, kind in self.kinds.items():
+            branches = [self.inputs[name].get(port, "") for port in (0, 1)] if kind == ADD else []
+            if name in head or len(branches) != 2 or not all(branch in moving for branch in branches):
+                continue
+            left, right = self.before(branches[:1]), self.before(branches[1:])
+            if not (left | right) & convolutions:
+                continue
+            swap = len((left - right) & convolutions) < len((right - left) & convolutions)
+            main, skip = reversed(branches) if swap else branches
+            found.append((name, main, skip))
+        return found
+
+
+def _reach(start: Iterable[str], neighbours: Callable[[str], Iterable[str]]) -> set[str]:
+    reached: set[str] = set()
+    waiting = list(start)
+    while waiting:
+        name = waiting.pop()
+        if name not in reached:
+            reached.add(name)
+            waiting.extend(neighbours(name))
+    return reached

@@ -1,0 +1,268 @@
+"""``nncf-qat``: the quantized student is trained against the quantized teacher that will be deployed."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from anomalib import LearningType
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from torch import nn, optim
+
+from uad_plugins.artifacts import read_json, write_json
+from uad_plugins.config import OptimizerConfig, model_plugin
+from uad_plugins.data.datamodule import UnifiedDataModule
+from uad_plugins.errors import UadxError
+from uad_plugins.hookspecs import QuantizationRequest, QuantizationResult
+from uad_plugins.models.recipe import learning_rate_factor
+from uad_plugins.quantization.core import Preprocessing, build_core, student_parameters
+from uad_plugins.quantization.export import save_onnx, save_openvino, to_onnx, to_openvino
+from uad_plugins.quantization.onnx_graph import with_int8_weights
+from uad_plugins.quantization.openvino_int8 import chosen_fix
+from uad_plugins.quantization.options import QatOptions
+from uad_plugins.quantization.quiet import quiet_quantizers
+from uad_plugins.quantization.scope import TorchGraph
+from uad_plugins.quantization.torch_quantization import (
+    OPENVINO,
+    configuration,
+    load_quantized,
+    quantize_core,
+    restore,
+    save_quantized,
+    strip,
+    student_scales,
+)
+from uad_plugins.training.callbacks import FiniteLoss, HeldOutLoss, SampleCount, TrainingProgress
+from uad_plugins.training.checkpointing import MONITOR, AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
+from uad_plugins.training.quiet import quiet_libraries
+from uad_plugins.training.train import datamodule, pixel_cache
+
+SCHEDULE = OptimizerConfig(name="adam", schedule="cosine")
+
+
+class QatModule(LightningModule):
+    """Trains the weights and scales of a quantized student.
+
+    Args:
+        core: Quantized ``Core``.
+        student: Names of the student's parameters in it.
+        scales: Names of the student's scales in it; the teacher's stay as calibrated, or the target would move.
+        preprocessing: Normalisation of images in 0..1.
+        options: Learning rates and the like.
+
+    Attributes:
+        held_out_loss: float32 ``(B,)``, the loss of each image of the last validation batch.
+    """
+
+    # What anomalib's checkpoint callback asks of a module.
+    learning_type = LearningType.ONE_CLASS
+
+    def __init__(
+        self, core: nn.Module, student: set[str], scales: set[str], preprocessing: Preprocessing, options: QatOptions
+    ) -> None:
+        super().__init__()
+        self.core = core
+        self.options = options
+        self.student, self.scales = student, scales
+        self.held_out_loss: torch.Tensor | None = None
+        self.register_buffer("mean", torch.tensor(preprocessing.mean).reshape(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(preprocessing.std).reshape(3, 1, 1), persistent=False)
+        for name, parameter in core.named_parameters():
+            if parameter.is_floating_point():
+                parameter.requires_grad_(name in student or name in scales)
+
+    def losses(self, images: torch.Tensor, *, training: bool) -> torch.Tensor:
+        """Return the loss of each image.
+
+        Args:
+            images: float32 ``(B, 3, H, W)`` in 0..1.
+            training: Let the student's BatchNorm learn, unless it is frozen.
+        """
+        self.core.eval()
+        # Of the outermost module alone: it decides what is returned, the network itself stays in evaluation.
+        self.core.training = True
+        if training and not self.options.freeze_batchnorm:
+            for name, module in self.core.named_modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm) and f"{name}.weight" in self.student:
+                    module.train()
+        losses: torch.Tensor = self.core((images - self.mean) / self.std)[0]
+        return losses
+
+    def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return the mean loss of a batch."""
+        del args, kwargs
+        return self.losses(batch.image, training=True).mean()
+
+    def validation_step(self, batch: Any, *args: Any, **kwargs: Any) -> None:
+        """Note the loss of each image in ``held_out_loss``."""
+        del args, kwargs
+        self.held_out_loss = self.losses(batch.image, training=False)
+
+    def configure_optimizers(self) -> Any:
+        """Return Adam with one group for the weights and one for the scales, and a cosine over all steps."""
+        named = dict(self.core.named_parameters())
+        groups = [
+            {
+                "params": [named[name] for name in sorted(self.student) if name in named],
+                "lr": self.options.lr,
+                "weight_decay": self.options.weight_decay,
+            },
+            # Decay would shrink the ranges of the activations.
+            {"params": [named[name] for name in sorted(self.scales)], "lr": self.options.scale_lr, "weight_decay": 0.0},
+        ]
+        optimizer = optim.Adam(groups)
+        steps = max(1, int(self.trainer.estimated_stepping_batches))
+        schedule = optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(SCHEDULE, step / steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the places of the quantizers: ``restore`` needs them."""
+        checkpoint["nncf_config"] = configuration(self.core)
+
+
+def quantize(request: QuantizationRequest) -> QuantizationResult:
+    """Calibrate, train, and write ``quantized.ckpt``, ``model.onnx`` and, for OpenVINO, ``model.xml``."""
+    options: QatOptions = request.options
+    work = request.folder / "work"
+    work.mkdir(parents=True, exist_ok=True)
+    student = student_parameters(request.module)
+    example = torch.zeros(1, 3, *request.image_size)
+    graph = TorchGraph.of(request.core, example)
+    fix = chosen_fix(options.overflow_fix)
+    start = work / "start.ckpt"
+    if request.resume and start.is_file():
+        core = load_quantized(request.core, start)
+    else:
+        core = quantize_core(
+            request.core,
+            [torch.from_numpy(image) for image in request.calibration],
+            profile=options.profile,
+            student=student if options.scope == "student" else None,
+            overflow_fix=fix,
+            fast_bias_correction=options.bias_correction == "fast",
+        )
+        save_quantized(core, start)
+    scales = student_scales(core, graph, student)
+    preprocessing = Preprocessing(request.calibration.mean, request.calibration.std)
+    trained = _train(request, QatModule(core, student, scales, preprocessing, options))
+    core = trained.pop("core")
+    save_quantized(core, request.folder / "quantized.ckpt", profile=options.profile)
+    files = _export(request, core, options)
+    details = {**trained, "overflow_fix": fix, "student_tensors": len(student), "student_scales": len(scales)}
+    whole = options.scope == "all"
+    return QuantizationResult(files, "int8", options.profile, whole=whole, trained=True, details=details)
+
+
+def _train(request: QuantizationRequest, module: QatModule) -> dict[str, Any]:
+    """Train, and return the best network with figures; the start, if no epoch improved on it."""
+    options, work = module.options, request.folder / "work"
+    config = request.config.model_copy(deep=True)
+    if options.batch_size is not None:
+        config.data.train_batch_size = options.batch_size
+    seed_everything(request.seed, workers=True, verbose=False)
+    data = datamodule(config, request.table.root)
+    data.table = request.table
+    cache = pixel_cache(work / "pixels", config, data.table)
+    best, last = work / "best.ckpt", work / "last.ckpt"
+    with quiet_libraries(), quiet_quantizers():
+        try:
+            data.verify_images(None, cache)
+            before = _held_out(request, module, data)
+            held_out, seen = _fit(request, module, data)
+        finally:
+            if cache is not None:
+                cache.remove()
+    figures = {
+        "epochs": options.epochs,
+        "best_epoch": held_out.best["epoch"],
+        "held_out_loss": held_out.best["val_loss"],
+        "held_out_loss_calibrated": before,
+        "seconds": round(seen.seconds, 1),
+        "samples_seen": seen.seen,
+    }
+    reached = held_out.best["val_loss"]
+    if reached is None or (before is not None and before <= reached):
+        return {**figures, "best_epoch": 0, "core": load_quantized(_fresh(request), work / "start.ckpt")}
+    content = torch.load(best if best.is_file() else last, map_location="cpu", weights_only=False)
+    return {**figures, "core": restore(_fresh(request), content["nncf_config"], _inner(content["state_dict"]))}
+
+
+def _fit(request: QuantizationRequest, module: QatModule, data: UnifiedDataModule) -> tuple[HeldOutLoss, SampleCount]:
+    work, options = request.folder / "work", module.options
+    held_out, seen = HeldOutLoss(data.categories), SampleCount()
+    last = work / "last.ckpt"
+    trainer = Trainer(
+        **_trainer(options),
+        max_epochs=options.epochs,
+        default_root_dir=work,
+        callbacks=[
+            seen,
+            held_out,
+            FiniteLoss("lr"),
+            TrainingProgress(),
+            BestCheckpoint(work / "best.ckpt"),
+            LastCheckpoint(last),
+        ],
+        plugins=[AtomicCheckpointIO()],
+    )
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=last if request.resume and last.is_file() else None)
+    except SystemExit as stop:
+        # Lightning leaves the process by itself on Ctrl-C, without a word.
+        raise UadxError("training was interrupted", "continue it with --resume", exit_code=130) from stop
+    return held_out, seen
+
+
+def _held_out(request: QuantizationRequest, module: QatModule, data: UnifiedDataModule) -> float | None:
+    """Return the held-out loss of the network as it was calibrated."""
+    path = request.folder / "work" / "start.json"
+    if request.resume and path.is_file():
+        known: float | None = read_json(path)["val_loss"]
+        return known
+    watch = HeldOutLoss(data.table.categories)
+    trainer = Trainer(**_trainer(module.options), callbacks=[watch], enable_checkpointing=False)
+    trainer.validate(module, datamodule=data, verbose=False)
+    value = trainer.callback_metrics.get(MONITOR)
+    loss = float(value) if value is not None and bool(torch.isfinite(value)) else None
+    write_json(path, {"val_loss": loss})
+    return loss
+
+
+def _trainer(options: QatOptions) -> Mapping[str, Any]:
+    return {
+        "accelerator": options.accelerator,
+        "devices": 1,
+        "deterministic": "warn",
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "use_distributed_sampler": False,
+        "logger": False,
+        "num_sanity_val_steps": 0,
+    }
+
+
+def _fresh(request: QuantizationRequest) -> nn.Module:
+    """Return the float network of the run anew."""
+    module = model_plugin(request.config.model.name).load(request.run.checkpoint, request.config)
+    return build_core(module, request.image_size)
+
+
+def _inner(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the state dict of the core from that of the module around it."""
+    return {name.removeprefix("core."): value for name, value in state.items() if name.startswith("core.")}
+
+
+def _export(request: QuantizationRequest, core: nn.Module, options: QatOptions) -> list[str]:
+    example = torch.zeros(1, 3, *request.image_size)
+    model = to_onnx(strip(core, example), request.image_size)
+    weights = options.weights or ("int8" if options.profile == OPENVINO else "float32")
+    if weights == "int8":
+        model = with_int8_weights(model)
+    path = save_onnx(model, request.folder / "model.onnx")
+    files = ["model.onnx"]
+    if options.profile == OPENVINO and importlib.util.find_spec("openvino") is not None:
+        save_openvino(to_openvino(path), request.folder / "model.xml")
+        files += ["model.xml", "model.bin"]
+    return files

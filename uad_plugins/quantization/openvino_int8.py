@@ -1,0 +1,158 @@
+"""``openvino-int8``: post-training quantization on the OpenVINO graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import nncf
+import numpy as np
+import openvino
+from nncf.quantization.advanced_parameters import (
+    AdvancedAccuracyRestorerParameters,
+    AdvancedQuantizationParameters,
+    OverflowFix,
+)
+from numpy.typing import NDArray
+
+from uad_plugins.cpu import cpu_flags, saturates
+from uad_plugins.data.samples import ANOMALOUS, NORMAL, SampleTable
+from uad_plugins.evaluation.metrics import image_metrics
+from uad_plugins.hookspecs import QuantizationRequest, QuantizationResult
+from uad_plugins.imaging import read_rgb, resize_rgb
+from uad_plugins.quantization.export import save_onnx, save_openvino, to_onnx, to_openvino
+from uad_plugins.quantization.openvino_rules import OpenvinoGraph, quantized_share
+from uad_plugins.quantization.options import OpenvinoOptions
+from uad_plugins.quantization.referee import rank_correlation
+from uad_plugins.runtime.exported import FloatArray, normalise
+
+FIXES = {"disable": OverflowFix.DISABLE, "first_layer": OverflowFix.FIRST_LAYER, "enable": OverflowFix.ENABLE}
+WITHOUT_LABELS = 32
+"""Held-out normal images whose maps are compared where there are no labels."""
+
+
+def chosen_fix(name: str) -> str:
+    """Return the overflow fix that ``auto`` means on this machine."""
+    return name if name != "auto" else ("first_layer" if saturates() else "disable")
+
+
+def quantize(request: QuantizationRequest) -> QuantizationResult:
+    """Write ``model.xml`` and ``model.bin``."""
+    options: OpenvinoOptions = request.options
+    path = save_onnx(to_onnx(request.core, request.image_size), request.folder / "work" / "fp32.onnx")
+    model = to_openvino(path)
+    graph = OpenvinoGraph.of(model)
+    movers = graph.moving()
+    fix = chosen_fix(options.overflow_fix)
+    arguments: dict[str, Any] = {
+        "subset_size": len(request.calibration),
+        "fast_bias_correction": options.bias_correction == "fast",
+        "ignored_scope": nncf.IgnoredScope(names=sorted(n for n in graph.head() & movers if graph.kinds[n] != "Result")),
+    }
+    advanced = AdvancedQuantizationParameters(overflow_fix=FIXES[fix])
+    calibration = nncf.Dataset(request.calibration)
+    details: dict[str, Any] = {"overflow_fix": fix, "cpu": cpu_flags()}
+    if options.max_drop is None:
+        quantized = nncf.quantize(model, calibration, advanced_parameters=advanced, **arguments)
+    else:
+        guard = Guard(request, compile_float(model))
+        quantized = nncf.quantize_with_accuracy_control(
+            model,
+            calibration,
+            nncf.Dataset(guard.images),
+            guard.measure,
+            max_drop=options.max_drop,
+            drop_type=nncf.DropType.ABSOLUTE,
+            advanced_quantization_parameters=advanced,
+            advanced_accuracy_restorer_parameters=AdvancedAccuracyRestorerParameters(
+                **({} if options.max_layers is None else {"max_num_iterations": options.max_layers})
+            ),
+            **arguments,
+        )
+        details |= guard.record
+    save_openvino(quantized, request.folder / "model.xml")
+    done, total = quantized_share(quantized)
+    details["convolutions"] = {"all": total, "quantized": done}
+    return QuantizationResult(
+        ["model.xml", "model.bin"], "int8", "openvino", whole=options.max_drop is None, details=details
+    )
+
+
+def compile_float(model: Any) -> Any:
+    """Compile an ``openvino.Model`` for this processor, with FP32 arithmetic."""
+    return openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+
+
+class Guard:
+    """What accuracy control measures: how much the worst category loses.
+
+    With labelled validation images it is the drop of each category's image AUROC; without any, of the rank correlation of
+    the maps of held-out normal images with those of FP32. The test split is not looked at.
+
+    Args:
+        request: Names the samples.
+        model: Compiled FP32 model.
+
+    Attributes:
+        images: Normalised validation images.
+        record: What it goes by, for the manifest.
+    """
+
+    def __init__(self, request: QuantizationRequest, model: Callable[[FloatArray], Any]) -> None:
+        table = request.table
+        indices, self.labelled = _validation(table)
+        self._names = [table.categories[int(table.category_index[index])] for index in indices]
+        self._labels = table.labels[indices].astype(int)
+        mean, std = request.calibration.mean, request.calibration.std
+        self.images: list[FloatArray] = [
+            normalise(resize_rgb(read_rgb(table.paths[int(index)]), request.image_size)[None], mean, std)
+            for index in indices
+        ]
+        # NNCF measures parts of the images too, and hands them on as they are.
+        self._index = {id(image): index for index, image in enumerate(self.images)}
+        self._expected = [self._scored(model(image)) for image in self.images]
+        self.record = {
+            "guard": "image AUROC of each category" if self.labelled else "rank correlation of maps with FP32, by category",
+            "validation_images": len(indices),
+        }
+
+    def measure(self, model: Any, images: Iterable[FloatArray]) -> tuple[float, None]:
+        """Return 1 less the loss of the worst category.
+
+        Args:
+            model: Compiled OpenVINO model.
+            images: The validation images, or some of them.
+        """
+        found = {self._index[id(image)]: self._scored(model(image)) for image in images}
+        kept = []
+        for name in sorted({self._names[index] for index in found}):
+            mine = [index for index in found if self._names[index] == name]
+            kept.append(self._kept([self._expected[i] for i in mine], [found[i] for i in mine], self._labels[mine]))
+        return min(kept), None
+
+    @staticmethod
+    def _scored(results: Any) -> tuple[float, NDArray[np.float64]]:
+        return float(results[0].reshape(())), np.asarray(results[1], np.float64).ravel()
+
+    def _kept(
+        self,
+        expected: Sequence[tuple[float, NDArray[np.float64]]],
+        found: Sequence[tuple[float, NDArray[np.float64]]],
+        labels: NDArray[np.int_],
+    ) -> float:
+        if not self.labelled:
+            return float(np.mean([rank_correlation(one[1], other[1]) for one, other in zip(expected, found, strict=True)]))
+        before, after = (
+            image_metrics(np.array([score for score, _ in scored]), labels)["image_auroc"] for scored in (expected, found)
+        )
+        return 1.0 if before is None or after is None else 1.0 - max(0.0, before - after)
+
+
+def _validation(table: SampleTable) -> tuple[NDArray[np.int64], bool]:
+    """Return the validation images: all, where each category has labelled ones; else some held-out normal ones."""
+    labelled = all(len(table.where(split="val", category=c, label=ANOMALOUS)) for c in table.categories)
+    if labelled:
+        return table.where(split="val"), True
+    normal = [table.where(split="val", category=category, label=NORMAL) for category in table.categories]
+    share = max(1, WITHOUT_LABELS // max(1, len(normal)))
+    return np.concatenate([indices[:share] for indices in normal]), False

@@ -1,0 +1,147 @@
+"""What a quantized OpenVINO model has to look like. No torch in here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from uad_plugins.quantization.graph import ADD, CONSTANT, CONV, INPUT, TRANSPOSED, Graph
+
+KINDS = {
+    "Convolution": CONV,
+    "GroupConvolution": CONV,
+    "ConvolutionBackpropData": TRANSPOSED,
+    "GroupConvolutionBackpropData": TRANSPOSED,
+    "Add": ADD,
+    "Constant": CONSTANT,
+    "Parameter": INPUT,
+}
+PASSING = {
+    "MaxPool",
+    "Concat",
+    "Relu",
+    "PRelu",
+    "Slice",
+    "StridedSlice",
+    "Split",
+    "VariadicSplit",
+    "Reshape",
+    "Transpose",
+    "Pad",
+}
+CONSUMERS = {CONV, TRANSPOSED, ADD, "Convert", "FakeQuantize", *PASSING}
+"""What may take a quantized activation; anything else would be arithmetic of the map."""
+
+
+@dataclass
+class OpenvinoGraph(Graph):
+    """The operations of an OpenVINO model, by friendly name.
+
+    Attributes:
+        types: Element type of each constant.
+    """
+
+    types: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: Any) -> OpenvinoGraph:
+        """Read the graph of an ``openvino.Model``."""
+        graph = cls()
+        for node in model.get_ordered_ops():
+            name, kind = node.get_friendly_name(), node.get_type_name()
+            graph.kinds[name] = KINDS.get(kind, kind)
+            if kind == "Constant":
+                graph.types[name] = node.get_element_type().get_type_name()
+            for port, value in enumerate(node.input_values()):
+                graph.connect(value.get_node().get_friendly_name(), name, port)
+            if graph.kinds[name] in {CONV, TRANSPOSED}:
+                graph.channels[name] = int(node.input_values()[0].get_partial_shape()[1].get_length())
+        return graph
+
+    def is_quantized(self, name: str) -> bool:
+        """Tell whether an activation comes out of a FakeQuantize, or passes on nothing but such activations."""
+        kind = self.kinds.get(name, "")
+        if kind == "FakeQuantize":
+            return True
+        moving = self.moving()
+        sources = [source for source in self.inputs[name].values() if source in moving] if name in self.inputs else []
+        return kind in PASSING | {"Convert"} and bool(sources) and all(self.is_quantized(source) for source in sources)
+
+    def weight_type(self, convolution: str) -> str:
+        """Return the element type that a convolution's weight is stored in."""
+        stored = {self.types[name] for name in self.before([self.inputs[convolution][1]]) if name in self.types}
+        return "i8" if "i8" in stored else next(iter(sorted(stored)), "")
+
+
+def check(model: Any, *, whole: bool = True) -> dict[str, list[str]]:
+    """Check a quantized ``openvino.Model``, as it is on disk.
+
+    Args:
+        model: The model.
+        whole: Every convolution of the network has to be quantized.
+
+    Returns:
+        What is wrong by rule; an empty list for a rule that is kept.
+    """
+    graph = OpenvinoGraph.of(model)
+    found = {name: rule(graph) for name, rule in RULES.items()}
+    found["coverage"] = _coverage(graph, whole)
+    found["static shapes"] = [
+        f"{port.get_any_name()}: its shape is not fixed"
+        for port in [*model.inputs, *model.outputs]
+        if port.partial_shape.is_dynamic
+    ]
+    return found
+
+
+def quantized_share(model: Any) -> tuple[int, int]:
+    """Return how many convolutions have INT8 weights, and how many there are."""
+    graph = OpenvinoGraph.of(model)
+    convolutions = graph.convolutions()
+    return sum(graph.weight_type(name) == "i8" for name in convolutions), len(convolutions)
+
+
+def _activations(graph: OpenvinoGraph) -> list[str]:
+    moving = graph.moving()
+    return [name for name, kind in graph.kinds.items() if kind == "FakeQuantize" and name in moving]
+
+
+def _head(graph: OpenvinoGraph) -> list[str]:
+    """The arithmetic of the map stays float."""
+    head = graph.head()
+    return [f"{name}: quantizer in the head" for name in _activations(graph) if name in head]
+
+
+def _consumers(graph: OpenvinoGraph) -> list[str]:
+    """Quantized activations go to convolutions, additions and what moves tensors about; the head takes them as floats."""
+    head = graph.head()
+    return [
+        f"{name}: feeds {graph.kinds[consumer]}"
+        for name in _activations(graph)
+        for consumer in graph.outputs[name]
+        if consumer not in head and graph.kinds[consumer] not in CONSUMERS
+    ]
+
+
+def _quantized(graph: OpenvinoGraph) -> list[str]:
+    return [] if _activations(graph) else ["no node is quantized"]
+
+
+def _coverage(graph: OpenvinoGraph, whole: bool) -> list[str]:
+    """A convolution's input is quantized and its weight is stored as int8: both or neither."""
+    wrong = []
+    for name in graph.convolutions():
+        data, weight = graph.is_quantized(graph.inputs[name][0]), graph.weight_type(name) == "i8"
+        if data != weight:
+            wrong.append(f"{name}: {'weight is not stored as int8' if data else 'input not quantized'}")
+        elif whole and not weight:
+            wrong.append(f"{name}: not quantized")
+    return wrong
+
+
+RULES: dict[str, Callable[[OpenvinoGraph], list[str]]] = {
+    "quantized": _quantized,
+    "float head": _head,
+    "consumers": _consumers,
+}

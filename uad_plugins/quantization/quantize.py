@@ -1,0 +1,360 @@
+"""``quantize``: from a trained run to a quantized model on disk, judged before it is called one."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from uad_plugins.artifacts import Run, checked, sha256_of, write_json
+from uad_plugins.config import model_plugin, unknown_key
+from uad_plugins.data.layouts import scan
+from uad_plugins.data.samples import ANOMALOUS, SampleTable, hold_out
+from uad_plugins.detector import Detector
+from uad_plugins.errors import UadxError, UsageError
+from uad_plugins.evaluation.evaluate import evaluate
+from uad_plugins.evaluation.thresholds import NO_THRESHOLDS, NORMAL_FPR, thresholds_from_samples
+from uad_plugins.hookspecs import QuantizationRequest, QuantizationResult, QuantizerPlugin
+from uad_plugins.models.torch_detector import TorchDetector
+from uad_plugins.quantization import audit as auditing
+from uad_plugins.quantization.calibration import calibrate
+from uad_plugins.quantization.core import build_core, preprocessing_of
+from uad_plugins.quantization.export import save_onnx, save_openvino, to_onnx, to_openvino
+from uad_plugins.quantization.quiet import quiet_quantizers
+from uad_plugins.quantization.referee import AGAINST_FP32, ENGINES, TRAINED, compare, held_out
+from uad_plugins.quantized import MANIFEST, Quantized, QuantizedManifest
+from uad_plugins.registry import registry
+from uad_plugins.training.quiet import quiet_libraries
+from uad_plugins.training.run_folder import discard, locked
+
+REFEREE_IMAGES = 24
+SIZE_LIMIT = {"int8": 0.27, "fp16": 0.55, "fp32": 1.01}
+"""Share of the FP32 file that a model file may take; more is said, and no reason to reject."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is to be quantized, and how.
+
+    Attributes:
+        run: The trained run.
+        out: Folder for the result.
+        backend: Name of a quantizer plugin.
+        calibration: ``dataset``, ``random-normal`` or ``mixed``.
+        samples: Calibration images.
+        data: Data to take images from; None takes what the run was trained on. With one given that has a labelled test
+            split, the image AUROC of FP32 and of the result are compared.
+        options: Of the backend, as given.
+        seed: Of everything random.
+        resume: Continue what a killed call has begun.
+        overwrite: Replace what is there.
+    """
+
+    run: Path
+    out: Path
+    backend: str
+    calibration: str = "dataset"
+    samples: int = 300
+    data: str | None = None
+    options: Mapping[str, Any] | None = None
+    seed: int = 0
+    resume: bool = False
+    overwrite: bool = False
+
+
+def quantize(order: Order, tell: Callable[[str], None] = lambda _: None) -> QuantizedManifest:
+    """Quantize a run.
+
+    Args:
+        order: What and how.
+        tell: Called with a line before each step.
+
+    Returns:
+        The manifest written.
+
+    Raises:
+        UadxError: Run, data or folder do not allow it; or the result failed its audit or disagrees with FP32, and was
+            written as ``rejected``.
+        UsageError: Unknown backend, option, or calibration source.
+    """
+    plugin: QuantizerPlugin = registry().get("quantizer", order.backend)
+    options = validated(plugin, order.options or {})
+    run = Run.open(order.run)
+    config = run.config()
+    supported = model_plugin(config.model.name).supports
+    if not plugin.supports <= supported:
+        raise UsageError(
+            f"{config.model.name} cannot be quantized by {order.backend}",
+            f"it does not support {', '.join(sorted(plugin.supports - supported))}; see 'uadx plugins list'",
+        )
+    _require(plugin)
+    station = Quantized(order.out.expanduser().absolute())
+    with locked(station.folder), quiet_libraries():
+        _check_folder(station, order)
+        table = _table(run, order.data)
+        with quiet_quantizers():
+            reference = TorchDetector.open(run.folder, "cpu")
+            facts = preprocessing_of(reference.model, reference.image_size)
+        calibration = calibrate(
+            order.calibration,
+            order.samples,
+            table,
+            reference.categories,
+            image_size=reference.image_size,
+            mean=facts.mean,
+            std=facts.std,
+            seed=order.seed,
+        )
+        judged_on = held_out(table, reference.categories, REFEREE_IMAGES)
+        manifest = QuantizedManifest(
+            model=config.model.name,
+            categories=reference.categories,
+            image_size=reference.image_size,
+            mean=facts.mean,
+            std=facts.std,
+            backend=order.backend,
+            options=options.model_dump(mode="json"),
+            calibration=calibration.record,
+            source=_source(run, order.data),
+        )
+        _begin(station, manifest, order)
+        tell(f"quantizing with {order.backend}, {len(calibration)} calibration samples ({order.calibration})")
+        with quiet_quantizers():
+            module = checked(run.checkpoint, lambda path: model_plugin(config.model.name).load(path, config))
+            request = QuantizationRequest(
+                run=run,
+                config=config,
+                module=module,
+                core=build_core(module, reference.image_size),
+                image_size=reference.image_size,
+                calibration=calibration,
+                table=table,
+                options=options,
+                folder=station.folder,
+                seed=order.seed,
+                resume=order.resume,
+            )
+            result = plugin.quantize(request)
+        tell("auditing the result, and comparing it with FP32 on held-out images")
+        return _judge(station, manifest, request, result, reference, judged_on, labelled=order.data is not None)
+
+
+def validated(plugin: QuantizerPlugin, given: Mapping[str, Any]) -> BaseModel:
+    """Validate a backend's options.
+
+    Raises:
+        UsageError: One is unknown (with the nearest name) or out of range.
+    """
+    try:
+        return plugin.options.model_validate(dict(given))
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]) if first["loc"] else ""
+        if first["type"] == "extra_forbidden":
+            raise unknown_key([name], set(plugin.options.model_fields)) from None
+        raise UsageError(f"{name}: {first['msg']}", f"given: {first['input']!r}") from None
+
+
+def _require(plugin: QuantizerPlugin) -> None:
+    for requirement in plugin.requires:
+        if not _installed(requirement.module):
+            raise UadxError(f"{plugin.name} needs {requirement.module}, which is not installed", requirement.install)
+
+
+def _table(run: Run, data: str | None) -> SampleTable:
+    """Return the samples with the splits of the training, wherever the data lies now."""
+    config = run.config()
+    root = data or str(run.manifest().data.get("root"))
+    if not Path(root).expanduser().exists():
+        raise UadxError(f"{root}: the run's data is not there", "say where it is now: --data DATA")
+    table = scan(root, config.data.layout if data is None else None, config.data.categories)
+    return hold_out(table, config.data.val_fraction, config.seed)
+
+
+def _source(run: Run, data: str | None) -> dict[str, Any]:
+    """Return where the result comes from; the data is where it lies now."""
+    source = run.source()
+    return source if data is None else {**source, "data": str(Path(data).expanduser().absolute()), "layout": None}
+
+
+def _check_folder(station: Quantized, order: Order) -> None:
+    """Decide whether the folder may be written to; nothing is changed yet."""
+    if order.resume and order.overwrite:
+        raise UsageError("--resume and --overwrite contradict each other", "give one of them")
+    folder = station.folder
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not folder.is_dir():
+        raise UadxError(f"{folder}: is a file", "name a folder for the result")
+    if not (folder / MANIFEST).is_file():
+        raise UadxError(f"{folder}: is not empty and holds no quantized model", "name a new folder")
+    if order.overwrite:
+        return
+    manifest = station.manifest()
+    if manifest.status != "quantizing":
+        raise UadxError(
+            f"{folder}: holds a {manifest.status} quantized model", "name a new folder, or replace it with --overwrite"
+        )
+    if not order.resume:
+        raise UadxError(f"{folder}: holds an unfinished one", "continue it with --resume, or replace it with --overwrite")
+
+
+def _begin(station: Quantized, manifest: QuantizedManifest, order: Order) -> None:
+    """Make the folder ready; a resumed call has to be the one that was begun."""
+    begun = order.resume and (station.folder / MANIFEST).is_file()
+    if begun:
+        before = station.manifest()
+        for name in ("backend", "options", "calibration"):
+            if getattr(before, name) != getattr(manifest, name):
+                raise UsageError(f"a resumed call keeps its settings: {name} differs", "give the same flags, or --overwrite")
+        if before.source["checkpoint_sha256"] != manifest.source["checkpoint_sha256"]:
+            raise UadxError("the run is not the one that this was begun from", "start anew with --overwrite")
+    else:
+        discard(station.folder)
+    station.folder.mkdir(parents=True, exist_ok=True)
+    for leftover in station.folder.rglob(".*.part"):
+        leftover.unlink()
+    station.write_manifest(manifest)
+
+
+def _judge(
+    station: Quantized,
+    manifest: QuantizedManifest,
+    request: QuantizationRequest,
+    result: QuantizationResult,
+    reference: Detector,
+    judged_on: list[str],
+    *,
+    labelled: bool,
+) -> QuantizedManifest:
+    """Audit, compare, set thresholds, measure, and write the manifest; reject what is not good."""
+    folder = station.folder
+    manifest = manifest.model_copy(
+        update={
+            "precision": result.precision,
+            "profile": result.profile,
+            "details": result.details,
+            "files": {
+                name: {"sha256": sha256_of(folder / name), "bytes": (folder / name).stat().st_size} for name in result.files
+            },
+        }
+    )
+    findings = auditing.audit(folder, result)
+    complaints = auditing.wrong(findings)
+    candidates = engines(folder, manifest)
+    agreements: dict[str, Any] = {}
+    for name, candidate in candidates.items():
+        agreement = compare(reference, candidate, judged_on)
+        agreements[name] = agreement.as_dict()
+        limits = TRAINED if result.trained else AGAINST_FP32[result.precision]
+        complaints += [f"{name} against FP32: {line}" for line in agreement.wrong(limits)]
+    names = list(candidates)
+    for name in names[1:]:
+        agreement = compare(candidates[names[0]], candidates[name], judged_on)
+        agreements[f"{names[0]} and {name}"] = agreement.as_dict()
+        complaints += [f"{names[0]} against {name}: {line}" for line in agreement.wrong(ENGINES)]
+    detector = candidates[names[0]]
+    size = _sizes(request, manifest)
+    manifest = manifest.model_copy(update={"audit": findings, "agreement": agreements, "size": size})
+    if complaints:
+        station.write_manifest(manifest.model_copy(update={"status": "rejected"}))
+        raise UadxError(f"the result is not good: {'; '.join(complaints)}", _advice(manifest))
+    thresholds = thresholds_from_samples(
+        detector,
+        request.table,
+        request.table.where(split="val"),
+        method=NORMAL_FPR,
+        target_fpr=float(manifest.source["target_fpr"]),
+        kind="held out from training",
+    )
+    write_json(station.thresholds_file, thresholds.as_dict())
+    if labelled and len(request.table.where(split="test", label=ANOMALOUS)):
+        manifest = manifest.model_copy(update={"auroc": _auroc(reference, detector, request.table)})
+    shutil.rmtree(folder / "work", ignore_errors=True)
+    manifest = manifest.model_copy(update={"status": "finished"})
+    # Last of all: from here on it is one.
+    station.write_manifest(manifest)
+    return manifest
+
+
+def engines(folder: Path, manifest: QuantizedManifest) -> dict[str, Detector]:
+    """Return a detector for each file and engine; the one that will be used comes first."""
+    from uad_plugins.runtime.onnxruntime_detector import OnnxRuntimeDetector
+
+    found: dict[str, Detector] = {}
+    if _installed("openvino"):
+        from uad_plugins.runtime.openvino_detector import OpenVinoDetector
+
+        for file in ("model.xml", "model.onnx"):
+            if file in manifest.files:
+                found[f"openvino {file}"] = OpenVinoDetector(folder / file, manifest, NO_THRESHOLDS, str(folder))
+    if "model.onnx" in manifest.files:
+        found["onnxruntime model.onnx"] = OnnxRuntimeDetector(
+            folder / "model.onnx", manifest, NO_THRESHOLDS, str(folder), literal=True
+        )
+    return found
+
+
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def _sizes(request: QuantizationRequest, manifest: QuantizedManifest) -> dict[str, Any]:
+    """Return bytes before and after for each format: the float model is exported the same way."""
+    work = request.folder / "work"
+    work.mkdir(exist_ok=True)
+    with quiet_quantizers():
+        module = model_plugin(request.config.model.name).load(request.run.checkpoint, request.config)
+        path = save_onnx(to_onnx(build_core(module, request.image_size), request.image_size), work / "float.onnx")
+        before = {"onnx": path.stat().st_size}
+        if "model.xml" in manifest.files:
+            xml = save_openvino(to_openvino(path), work / "float.xml")
+            before["openvino"] = xml.stat().st_size + xml.with_suffix(".bin").stat().st_size
+    sizes = {name: int(facts["bytes"]) for name, facts in manifest.files.items()}
+    after = {"onnx": sizes.get("model.onnx", 0), "openvino": sizes.get("model.xml", 0) + sizes.get("model.bin", 0)}
+    return {
+        kind: {
+            "before": before[kind],
+            "after": after[kind],
+            "ratio": round(after[kind] / before[kind], 4),
+            "small": after[kind] / before[kind] <= SIZE_LIMIT[manifest.precision],
+        }
+        for kind in before
+        if after[kind]
+    }
+
+
+def _auroc(reference: Detector, detector: Detector, table: SampleTable) -> dict[str, Any]:
+    """Measure FP32 and the result on the labelled test split, by category."""
+    before, after = (evaluate(item, table).report for item in (reference, detector))
+    rows = [*before["categories"], "mean"]
+    found: dict[str, Any] = {}
+    for row in rows:
+        old, new = (report["mean"] if row == "mean" else report["categories"][row] for report in (before, after))
+        found[row] = {
+            metric: {"fp32": old[metric], "quantized": new[metric], "drop": old[metric] - new[metric]}
+            for metric in ("image_auroc", "pixel_auroc")
+            if old[metric] is not None and new[metric] is not None
+        }
+    return found
+
+
+def _advice(manifest: QuantizedManifest) -> str:
+    """Say what to try."""
+    tries = []
+    if manifest.calibration["source"] != "dataset":
+        tries.append("--calibration dataset")
+    if manifest.options.get("bias_correction") == "fast":
+        tries.append("--set bias_correction=full")
+    if manifest.backend == "openvino-int8":
+        tries += ["--set overflow_fix=enable", "--max-drop 0.005"]
+    if manifest.backend != "nncf-qat" and manifest.precision == "int8":
+        tries.append("--backend nncf-qat")
+    if manifest.backend == "nncf-qat":
+        tries.append("a lower --set lr")
+    return f"the files are kept for looking at, marked as rejected; try {', '.join(tries or ['--backend fp32'])}"

@@ -1,0 +1,72 @@
+"""What of a torch network is quantized: its convolutions and what lies between them; all of it, or the student's alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import build_nncf_graph
+from torch import nn
+
+from uad_plugins.quantization.graph import ADD, CONSTANT, CONV, INPUT, NORM, TRANSPOSED, Graph
+
+KINDS = {
+    "conv1d": CONV,
+    "conv2d": CONV,
+    "conv3d": CONV,
+    "conv_transpose1d": TRANSPOSED,
+    "conv_transpose2d": TRANSPOSED,
+    "conv_transpose3d": TRANSPOSED,
+    "add": ADD,
+    "add_": ADD,
+    "__add__": ADD,
+    "__iadd__": ADD,
+    "batch_norm": NORM,
+    "nncf_model_const": CONSTANT,
+    "nncf_model_input": INPUT,
+}
+
+
+@dataclass
+class TorchGraph(Graph):
+    """The operations that a torch network calls.
+
+    Attributes:
+        parameters: Name of the parameter or buffer, for nodes that are one.
+    """
+
+    parameters: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module, example: torch.Tensor) -> TorchGraph:
+        """Trace a network; ``example`` is a batch that it takes."""
+        traced: Any = build_nncf_graph(model, example)
+        graph = cls()
+        for node in traced.get_all_nodes():
+            name = node.node_name
+            graph.kinds[name] = KINDS.get(node.node_type, node.node_type)
+            if graph.kinds[name] == CONSTANT:
+                graph.parameters[name] = node.layer_attributes.name
+            for edge in traced.get_input_edges(node):
+                graph.connect(edge.from_node.node_name, name, edge.input_port_id)
+                if graph.kinds[name] in {CONV, TRANSPOSED} and edge.input_port_id == 0:
+                    graph.channels[name] = int(edge.tensor_shape[1])
+        return graph
+
+    def convolutions_of(self, parameters: set[str]) -> list[str]:
+        """Return the convolutions whose weight is one of the named parameters."""
+        return [n for n in self.convolutions() if self.parameters.get(self.inputs[n].get(1, "")) in parameters]
+
+    def ignored(self, student: set[str] | None) -> list[str]:
+        """Return the nodes that get no quantizer.
+
+        Args:
+            student: Quantize only the convolutions of these parameters, and what lies behind them; None: all.
+        """
+        left_out = self.head()
+        if student is not None:
+            chosen = self.convolutions_of(student)
+            left_out |= set(self.kinds) - self.after(chosen)
+            left_out |= set(self.convolutions()) - set(chosen)
+        return sorted(name for name in left_out if self.kinds[name] not in {CONSTANT, INPUT})

@@ -1,0 +1,1 @@
+"""Engines that execute exported models without torch."""

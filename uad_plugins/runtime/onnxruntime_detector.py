@@ -1,0 +1,54 @@
+"""The detector of an exported model, run by ONNX Runtime on the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+from uad_plugins.artifacts import checked
+from uad_plugins.evaluation.thresholds import Thresholds
+from uad_plugins.quantized import QuantizedManifest
+from uad_plugins.runtime.exported import ExportedDetector, FloatArray
+
+
+class OnnxRuntimeDetector(ExportedDetector):
+    """Runs ``model.onnx``.
+
+    Args:
+        path: The model file.
+        manifest: Of the quantized model.
+        thresholds: Decision thresholds.
+        name: For messages.
+        threads: CPU threads; None lets ONNX Runtime choose.
+        literal: Execute every node as it stands, fusing none: what the graph says, not what the engine makes of it.
+    """
+
+    engine = "onnxruntime"
+
+    def __init__(
+        self,
+        path: Path,
+        manifest: QuantizedManifest,
+        thresholds: Thresholds,
+        name: str,
+        threads: int | None = None,
+        literal: bool = False,
+    ) -> None:
+        super().__init__(path, manifest, thresholds, name)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        if literal:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        self._session = checked(
+            path, lambda file: onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        )
+        self._input = self._session.get_inputs()[0].name
+
+    def run(self, image: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Run the model; see ``ExportedDetector.run``."""
+        score, anomaly_map = self._session.run(None, {self._input: image})
+        return np.asarray(score, np.float32), np.asarray(anomaly_map, np.float32)

@@ -24,7 +24,7 @@ from uad_plugins.models.uninformed_students.options import TeacherRecipe
 from uad_plugins.models.uninformed_students.patches import PatchSource
 from uad_plugins.progress import Progress
 
-VERSION = 1
+VERSION = 2
 """Changes whenever the same recipe would give another teacher."""
 
 ASSETS = Path(__file__).parent.parent / "assets"

@@ -38,12 +38,11 @@ def quantize(request: QuantizationRequest) -> QuantizationResult:
     path = save_onnx(to_onnx(request.core, request.image_size), request.folder / "work" / "fp32.onnx")
     model = to_openvino(path)
     graph = OpenvinoGraph.of(model)
-    movers = graph.moving()
     fix = chosen_fix(options.overflow_fix)
     arguments: dict[str, Any] = {
         "subset_size": len(request.calibration),
         "fast_bias_correction": options.bias_correction == "fast",
-        "ignored_scope": nncf.IgnoredScope(names=sorted(n for n in graph.head() & movers if graph.kinds[n] != "Result")),
+        "ignored_scope": nncf.IgnoredScope(names=_left_in_float(graph)),
     }
     advanced = advanced_parameters(options.ranges, fix)
     calibration = nncf.Dataset(request.calibration)
@@ -77,6 +76,16 @@ def quantize(request: QuantizationRequest) -> QuantizationResult:
 def compile_float(model: Any) -> Any:
     """Compile an ``openvino.Model`` for this processor, with FP32 arithmetic."""
     return openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+
+
+def _left_in_float(graph: OpenvinoGraph) -> list[str]:
+    """Return the nodes that get no quantizer: the head, and residual additions.
+
+    OpenVINO adds in float within the convolution before it: quantizing what is added would cost accuracy (maps of STFPM
+    12.5 % off instead of 7.3 %) and save no time.
+    """
+    head = {name for name in graph.head() & graph.moving() if graph.kinds[name] != "Result"}
+    return sorted(head | {addition for addition, _, _ in graph.additions()})
 
 
 class Guard:

@@ -2,7 +2,8 @@
 
 Two profiles, because OpenVINO and TensorRT want different graphs:
 
-``openvino``  NNCF's own placement: unsigned activations behind ReLU, both inputs of a residual addition.
+``openvino``  NNCF's own placement, unsigned activations behind ReLU, but for residual additions, which stay in float:
+              OpenVINO does them within the convolution before, at no cost.
 ``tensorrt``  all signed and symmetric, on the skip branch of a residual addition only, one scale for the whole weight of a
               transposed convolution.
 """
@@ -66,11 +67,12 @@ def quantize_core(
     """
     with quiet_quantizers():
         graph = TorchGraph.of(core, calibration[0])
+        additions = [addition for addition, _, _ in graph.additions()] if profile == OPENVINO else []
         quantized: nn.Module = nncf.quantize(
             core,
             nncf.Dataset(list(calibration)),
             subset_size=len(calibration),
-            ignored_scope=nncf.IgnoredScope(names=graph.ignored(student)),
+            ignored_scope=nncf.IgnoredScope(names=sorted({*graph.ignored(student), *additions})),
             fast_bias_correction=fast_bias_correction,
             advanced_parameters=advanced_parameters(ranges, "disable" if profile == TENSORRT else overflow_fix),
         )

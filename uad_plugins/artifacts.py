@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+import platformdirs
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from uad_plugins.config import TrainConfig, read_yaml, validate
@@ -77,6 +78,15 @@ def read_json(path: Path) -> Any:
         raise UadxError(f"{path}: no such file") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UadxError(f"{path}: not valid JSON: {error}") from error
+
+
+def cache_folder(name: str) -> Path:
+    """Return the folder for files that can be made again: below ``UADX_CACHE``, or the user's cache folder."""
+    base = os.environ.get("UADX_CACHE")
+    root = Path(base).expanduser() if base else Path(platformdirs.user_cache_dir("uadx", appauthor=False))
+    folder = root / name
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def sha256_of(path: Path) -> str:

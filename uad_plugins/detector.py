@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from uad_plugins.errors import UadxError
 from uad_plugins.evaluation.thresholds import Thresholds
-from uad_plugins.imaging import ImageError, RgbImage, read_rgb, resize_rgb
+from uad_plugins.imaging import ImageError, RgbImage, resize_rgb, to_rgb
 from uad_plugins.registry import registry
 
 
@@ -126,7 +126,7 @@ class _Decoded:
 
 def _decode(path: str, size: tuple[int, int]) -> _Decoded:
     try:
-        image = read_rgb(path)
+        image = to_rgb(path)
         return _Decoded(resize_rgb(image, size), (image.height, image.width))
     except ImageError as error:
         return _Decoded(None, error=error.message.removeprefix(f"{path}: "))

@@ -40,3 +40,30 @@ def test_two_processes_see_the_same_number_of_samples_and_gather_their_metrics(p
     assert set(one["val_loss_per_category"]) == set(two["val_loss_per_category"]) == {"connector", "fabric", "washer"}
     assert two["best_val_loss"] == pytest.approx(one["best_val_loss"], rel=0.25)
     assert two["report"]["pooled"]["normal"] == one["report"]["pooled"]["normal"] == 12
+
+
+@pytest.mark.slow
+def test_two_processes_distil_the_teachers_once_and_share_their_statistics(products, tmp_path):
+    import torch
+
+    from uad_plugins.detector import open_detector
+
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "UADX_CACHE": str(tmp_path / "cache")}
+    statistics = {}
+    for devices in (2, 1):
+        out = tmp_path / f"run{devices}"
+        command = [sys.executable, "-m", "uadx", "train", str(products), "--model", "uninformed_students"]
+        command += ["--weights", "bundled", "--image-size", "64", "--epochs", "1", "--out", str(out), "--batch-size", "4"]
+        options = ["patch_sizes=[17]", "students=2", "width=0.0625", "stride=4", "teacher.steps=4", "teacher.batch_size=8"]
+        command += ["--set", "trainer.accelerator=cpu", f"trainer.devices={devices}", "data.val_fraction=0.4"]
+        command += [f"model.options.{option}" for option in options]
+        if devices > 1:
+            command += ["trainer.strategy=ddp"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+        assert done.returncode == 0, done.stderr
+        with open_detector(out) as detector:
+            statistics[devices] = detector.model.model.feature_mean
+            assert bool((detector.model.model.score_std > 0).all())
+    assert len(list((tmp_path / "cache" / "teachers").glob("*.safetensors"))) == 1
+    # 18 training images share out evenly: both see the same pixels.
+    assert torch.allclose(statistics[1], statistics[2], rtol=1e-3, atol=1e-5)

@@ -30,7 +30,7 @@ def test_commands_in_the_documents_exist_with_their_options(page):
         if page.name == "commands.md":
             continue
         words = line.split()
-        name = " ".join(words[:3]) if words[1] in {"data", "plugins"} else " ".join(words[:2])
+        name = " ".join(words[:3]) if words[1] in {"data", "plugins", "teacher"} else " ".join(words[:2])
         section = helped.partition(f"## {name}\n")[2].partition("\n## ")[0]
         assert section or name == "uadx count", name
         for option in (word for word in words if word.startswith("--")):

@@ -47,7 +47,7 @@ def install(monkeypatch):
 def test_the_built_in_plugins_come_through_the_same_hooks(install):
     loaded = module.load()
     assert loaded.names("layout") == ["folder", "index", "mvtec", "visa"]
-    assert loaded.names("model") == ["anomalib", "reverse_distillation", "stfpm"]
+    assert loaded.names("model") == ["anomalib", "reverse_distillation", "stfpm", "uninformed_students"]
     assert loaded.names("runtime") == ["torch"]
     assert {entry.distribution for entry in loaded.entries.values()} == {"uadx"}
 

@@ -123,6 +123,7 @@ class RunManifest(BaseModel):
     versions: dict[str, str] = Field(default_factory=versions)
     command: list[str] = Field(default_factory=lambda: list(sys.argv))
     checkpoint_sha256: str | None = None
+    method: dict[str, Any] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)

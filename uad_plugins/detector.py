@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 from types import TracebackType
 
@@ -53,8 +53,10 @@ class Detector(ABC):
         categories: Products it was trained on.
         image_size: ``(height, width)`` that images are resized to.
         thresholds: Decision thresholds.
+        by_category: Whether scoring takes the category of each image (see ``infer_by_category``).
     """
 
+    by_category: bool = False
     name: str
     engine: str
     categories: list[str]
@@ -72,6 +74,21 @@ class Detector(ABC):
             Scores ``(N,)`` and anomaly maps ``(N, H, W)``, float32.
         """
 
+    def infer_by_category(
+        self, images: RgbImage, categories: Sequence[str | None]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Score a batch as ``infer`` does, knowing what is shown; called where ``by_category`` is true.
+
+        Args:
+            images: uint8 ``(N, H, W, 3)`` at ``image_size``.
+            categories: Product shown in each; None where it is not known.
+
+        Raises:
+            UadxError: A category is needed and not known.
+        """
+        del categories
+        return self.infer(images)
+
     def close(self) -> None:  # noqa: B027
         """Give resources back; the detector cannot be used afterwards."""
 
@@ -81,7 +98,14 @@ class Detector(ABC):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def stream(self, paths: Iterable[str], *, batch_size: int = 16, readers: int = 4) -> Iterator[Prediction]:
+    def stream(
+        self,
+        paths: Iterable[str],
+        *,
+        categories: Iterable[str | None] | None = None,
+        batch_size: int = 16,
+        readers: int = 4,
+    ) -> Iterator[Prediction]:
         """Score images in the order given; the next are decoded while the current ones are scored.
 
         Memory is bounded: at most three batches of decoded images exist at a time. An image that cannot be read gives a
@@ -89,27 +113,33 @@ class Detector(ABC):
 
         Args:
             paths: Image files.
+            categories: Product shown in each, where known.
             batch_size: Images scored together.
             readers: Decoding threads.
         """
-        remaining = iter(paths)
+        remaining = zip(paths, categories if categories is not None else repeat(None), strict=False)
         with ThreadPoolExecutor(max_workers=readers) as pool:
 
-            def submit(path: str) -> tuple[str, Future[_Decoded]]:
-                return path, pool.submit(_decode, path, self.image_size)
+            def submit(path: str, category: str | None) -> tuple[str, str | None, Future[_Decoded]]:
+                return path, category, pool.submit(_decode, path, self.image_size)
 
-            waiting = [submit(path) for path in islice(remaining, 2 * batch_size)]
+            waiting = [submit(*item) for item in islice(remaining, 2 * batch_size)]
             while waiting:
                 batch, waiting = waiting[:batch_size], waiting[batch_size:]
-                decoded = [(path, future.result()) for path, future in batch]
-                waiting += [submit(path) for path in islice(remaining, batch_size)]
+                decoded = [(path, category, future.result()) for path, category, future in batch]
+                waiting += [submit(*item) for item in islice(remaining, batch_size)]
                 yield from self._score(decoded)
 
-    def _score(self, decoded: Sequence[tuple[str, _Decoded]]) -> Iterator[Prediction]:
-        good = [item.pixels for _, item in decoded if item.pixels is not None]
-        scores, maps = self.infer(np.stack(good)) if good else (np.empty(0, np.float32), np.empty((0, 0, 0), np.float32))
+    def _score(self, decoded: Sequence[tuple[str, str | None, _Decoded]]) -> Iterator[Prediction]:
+        good = [item.pixels for _, _, item in decoded if item.pixels is not None]
+        scores, maps = np.empty(0, np.float32), np.empty((0, 0, 0), np.float32)
+        if good and self.by_category:
+            known = [category for _, category, item in decoded if item.pixels is not None]
+            scores, maps = self.infer_by_category(np.stack(good), known)
+        elif good:
+            scores, maps = self.infer(np.stack(good))
         position = 0
-        for path, item in decoded:
+        for path, _, item in decoded:
             if item.pixels is None:
                 yield Prediction(path, float("nan"), None, (0, 0), item.error)
             else:

@@ -12,7 +12,7 @@ import typer
 from uad_plugins.errors import UadxError
 from uad_plugins.registry import registry
 from uadx import __version__
-from uadx.commands import data, doctor, evaluate, plugins, predict, quantize, quickstart, thresholds, train
+from uadx.commands import data, doctor, evaluate, plugins, predict, quantize, quickstart, teacher, thresholds, train
 
 app = typer.Typer(
     name="uadx",
@@ -47,6 +47,7 @@ app.command("quantize")(quantize.quantize)
 app.command("predict")(predict.predict)
 app.command("thresholds")(thresholds.thresholds)
 app.add_typer(data.app, name="data")
+app.add_typer(teacher.app, name="teacher")
 app.add_typer(plugins.app, name="plugins")
 app.command("doctor")(doctor.doctor)
 

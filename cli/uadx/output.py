@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
+
+from uad_plugins.progress import counting
+
+__all__ = ["counting", "emit_json", "note", "say", "table"]
 
 
 def say(text: str) -> None:
@@ -44,30 +46,3 @@ def table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         # A pipe has no width: a table must not be folded to 80 columns.
         console.width = 200
     console.print(grid)
-
-
-@contextmanager
-def counting(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Yield a function that shows how many of how many are done: in place on a terminal, now and then when piped."""
-    interactive = sys.stderr.isatty()
-    started = said = time.monotonic()
-    shown = False
-
-    def update(done: int, total: int) -> None:
-        nonlocal said, shown
-        now = time.monotonic()
-        if now - said < (0.1 if interactive else 20.0) and not (shown and done == total):
-            return
-        said, shown = now, True
-        rate = done / max(now - started, 1e-9)
-        left = (total - done) / max(rate, 1e-9)
-        line = f"{what}: {done}/{total}  {rate:.0f}/s  {left:.0f}s left"
-        sys.stderr.write(f"\r\x1b[K{line}" if interactive else f"{line}\n")
-        sys.stderr.flush()
-
-    try:
-        yield update
-    finally:
-        if interactive and shown:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()

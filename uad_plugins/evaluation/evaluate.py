@@ -76,7 +76,10 @@ def evaluate(
     masked = set(table.masked_categories())
     metrics, result = CategoryMetrics(), Evaluation({})
     unreadable: dict[str, str] = {}
-    predictions = detector.stream(table.paths[index] for index in indices)
+    predictions = detector.stream(
+        (table.paths[index] for index in indices),
+        categories=(table.categories[int(table.category_index[index])] for index in indices),
+    )
     for done, (index, prediction) in enumerate(zip(indices, predictions, strict=True), start=1):
         sample = table[index]
         error = prediction.failure

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Iterator, Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,8 @@ def predict(
         raise UsageError("no image to predict", "give files, folders or globs; PNG, JPEG, BMP, TIFF and WebP are read")
     threshold = detector.thresholds.of(category)
     names = picture_names(paths, ".png")
-    for done, prediction in enumerate(detector.stream(paths, batch_size=batch_size), start=1):
+    predictions = detector.stream(paths, categories=repeat(category), batch_size=batch_size)
+    for done, prediction in enumerate(predictions, start=1):
         row = _row(prediction, category, threshold)
         if out is not None and row["error"] is None:
             row["map"] = _write_overlay(prediction, threshold, out / names[prediction.path], row)

@@ -266,14 +266,15 @@ def thresholds_from_samples(
     check_request(method, target_fpr)
     used = [int(i) for i in indices if method == BEST_F1 or table.labels[int(i)] == 0]
     scores = np.empty(len(used))
-    for done, prediction in enumerate(detector.stream(table.paths[i] for i in used)):
+    categories = [table.categories[int(table.category_index[i])] for i in used]
+    for done, prediction in enumerate(detector.stream((table.paths[i] for i in used), categories=categories)):
         scores[done] = prediction.score
         if progress is not None:
             progress(done + 1, len(used))
     return set_thresholds(
         scores,
         table.labels[used].astype(int),
-        [table.categories[int(table.category_index[i])] for i in used],
+        categories,
         method=method,
         target_fpr=target_fpr,
         source=f"{int(np.isfinite(scores).sum())} {'labelled' if method == BEST_F1 else 'normal'} images {kind}",

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from uad_plugins.config import TrainConfig, recipe_path
 from uad_plugins.errors import UsageError, missing_extra
 from uad_plugins.hookspecs import ModelPlugin, NoOptions, Requirement, RuntimePlugin, hookimpl
+from uad_plugins.models.uninformed_students.options import UninformedStudentsOptions
 
 if TYPE_CHECKING:
     from uad_plugins.detector import Detector
@@ -81,6 +82,29 @@ def _load_reverse_distillation(checkpoint: Path, _config: TrainConfig) -> Any:
         return ReverseDistillation.load_from_checkpoint(checkpoint, map_location="cpu")
 
 
+def _build_uninformed_students(config: TrainConfig) -> Any:
+    options = UninformedStudentsOptions.model_validate(config.model.options)
+    largest, side = max(options.patch_sizes), min(config.data.size)
+    if side < largest:
+        raise UsageError(
+            f"Uninformed Students with patches of {largest}x{largest} pixels cannot take images of {side}",
+            "use a larger data.image_size, or smaller model.options.patch_sizes",
+        )
+    if config.model.layers is not None:
+        raise UsageError("model.layers: Uninformed Students has none", "see model.options.patch_sizes for its scales")
+    with _train_extra():
+        from uad_plugins.models.uninformed_students.lightning_model import UninformedStudents
+
+        return UninformedStudents(**options.model_dump(mode="json"), **_common(config))
+
+
+def _load_uninformed_students(checkpoint: Path, _config: TrainConfig) -> Any:
+    with _train_extra():
+        from uad_plugins.models.uninformed_students.lightning_model import UninformedStudents
+
+        return UninformedStudents.load_from_checkpoint(checkpoint, map_location="cpu")
+
+
 def _build_anomalib(config: TrainConfig) -> Any:
     with _train_extra():
         from uad_plugins.models.anomalib_models import build
@@ -97,7 +121,7 @@ def _load_anomalib(checkpoint: Path, config: TrainConfig) -> Any:
         return load(checkpoint, config)
 
 
-def _stfpm_backbones() -> list[str]:
+def _timm_resnets() -> list[str]:
     from uad_plugins.models.backbones import architectures
 
     return architectures()
@@ -120,7 +144,7 @@ def _train_extra() -> Iterator[None]:
 
 @hookimpl
 def uadx_register_models() -> list[ModelPlugin]:
-    """Return STFPM, Reverse Distillation, and the door to anomalib's other image models."""
+    """Return STFPM, Reverse Distillation, Uninformed Students, and the door to anomalib's other image models."""
     return [
         ModelPlugin(
             name="stfpm",
@@ -129,7 +153,7 @@ def uadx_register_models() -> list[ModelPlugin]:
             load=_load_stfpm,
             options=NoOptions,
             recipe=recipe_path("stfpm"),
-            backbones=_stfpm_backbones,
+            backbones=_timm_resnets,
             supports=frozenset({"export", "qat"}),
         ),
         ModelPlugin(
@@ -140,6 +164,16 @@ def uadx_register_models() -> list[ModelPlugin]:
             options=ReverseDistillationOptions,
             recipe=recipe_path("reverse_distillation"),
             backbones=_reverse_distillation_backbones,
+            supports=frozenset({"export", "qat"}),
+        ),
+        ModelPlugin(
+            name="uninformed_students",
+            summary="Uninformed Students: ensembles that regress patch descriptors (arXiv 1911.02357)",
+            build=_build_uninformed_students,
+            load=_load_uninformed_students,
+            options=UninformedStudentsOptions,
+            recipe=recipe_path("uninformed_students"),
+            backbones=_timm_resnets,
             supports=frozenset({"export", "qat"}),
         ),
         ModelPlugin(

@@ -48,7 +48,7 @@ class DistillationRecipe:
 
     recipe: OptimizerConfig
     weights_record: WeightsRecord | None
-    model: nn.Module
+    model: Any
     held_out_loss: torch.Tensor | None
 
     @staticmethod

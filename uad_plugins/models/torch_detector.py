@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,7 @@ class TorchDetector(Detector):
         self.categories = categories
         self.image_size = image_size
         self.thresholds = thresholds
+        self.by_category = bool(getattr(model, "by_category", False))
 
     @classmethod
     def open(cls, folder: Path, device: str | None = None) -> TorchDetector:
@@ -80,11 +82,28 @@ class TorchDetector(Detector):
 
     def infer(self, images: RgbImage) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Score a batch; see ``Detector.infer``."""
+        return self._infer(images)
+
+    def infer_by_category(
+        self, images: RgbImage, categories: Sequence[str | None]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Score a batch by a model whose statistics are by category; see ``Detector.infer_by_category``."""
+        known: list[str] = self.model.categories
+        for name in categories:
+            if name not in known:
+                missing = "each image needs its category" if name is None else f"it has not seen '{name}'"
+                raise UadxError(
+                    f"{self.name}: its statistics are by category, and {missing}",
+                    f"name one: {', '.join(known)}; or train with model.options.statistics=global",
+                )
+        return self._infer(images, torch.tensor([known.index(str(name)) for name in categories], device=self.device))
+
+    def _infer(self, images: RgbImage, *more: torch.Tensor) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         with torch.inference_mode():
             batch = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2).contiguous().float().div_(255)
             if self.model.pre_processor is not None:
                 batch = self.model.pre_processor(batch)
-            output = self.model.model(batch)
+            output = self.model.model(batch, *more)
             maps, scores = output.anomaly_map, output.pred_score
             if scores is None:
                 if maps is None:

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from torchmetrics import Metric
 
 from uad_plugins.errors import UadxError
+from uad_plugins.progress import duration
 from uad_plugins.training.checkpointing import MONITOR
 
 
@@ -229,14 +230,3 @@ class TrainingProgress(Callback):
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
-
-
-def duration(seconds: float) -> str:
-    """Write a duration for people: ``45s``, ``3m 20s``, ``2h 05m``."""
-    total = max(0, round(seconds))
-    if total < 60:
-        return f"{total}s"
-    minutes, rest = divmod(total, 60)
-    if minutes < 60:
-        return f"{minutes}m {rest:02d}s"
-    return f"{minutes // 60}h {minutes % 60:02d}m"

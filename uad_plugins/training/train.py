@@ -217,6 +217,7 @@ def _fit(
         "seconds": seen.seconds,
         "samples_seen": seen.seen,
         "processes": trainer.world_size,
+        "method": model.run_record() if hasattr(model, "run_record") else {},
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
 
@@ -236,10 +237,11 @@ def _finish(
         )
     write_json(run.thresholds_file, thresholds.as_dict())
     metrics = {
-        **{key: value for key, value in fitted.items() if key != "main"},
+        **{key: value for key, value in fitted.items() if key not in {"main", "method"}},
         "thresholds": {name: threshold.value for name, threshold in thresholds.categories.items()},
     }
     write_json(run.metrics_file, metrics)
     # Last of all: from here on the run is finished.
-    run.write_manifest(manifest.model_copy(update={"status": "finished", "checkpoint_sha256": sha256_of(run.checkpoint)}))
+    final = {"status": "finished", "checkpoint_sha256": sha256_of(run.checkpoint), "method": fitted["method"]}
+    run.write_manifest(manifest.model_copy(update=final))
     return metrics

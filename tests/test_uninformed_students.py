@@ -1,0 +1,353 @@
+"""Uninformed Students: patch networks, losses, statistics and maps against the paper's definitions."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from uad_plugins.models.uninformed_students.distillation import (
+    LossWeights,
+    compactness_loss,
+    knowledge_loss,
+    metric_loss,
+    total_loss,
+)
+from uad_plugins.models.uninformed_students.networks import (
+    PatchNetwork,
+    dense_max_pool,
+    multiply_accumulates,
+    receptive_field,
+)
+from uad_plugins.models.uninformed_students.torch_model import Moments, UninformedStudentsModel
+
+PATCH_SIZES = (17, 33, 65)
+
+
+def network(patch_size, copies=1, width=1 / 16, stride=1, seed=0):
+    torch.manual_seed(seed)
+    made = PatchNetwork(patch_size, copies, width, stride).eval()
+    for convolution in made.convolutions:
+        # Larger than torch's own, so that descriptors differ by more than rounding.
+        nn.init.normal_(convolution.weight, std=(2 / convolution.weight[0].numel()) ** 0.5)
+    return made
+
+
+def model(seed=0, **options):
+    torch.manual_seed(seed)
+    settings = {"patch_sizes": (17, 33), "students": 3, "width": 1 / 16, "stride": 4, **options}
+    made = UninformedStudentsModel(**settings).eval()
+    made.feature_mean.normal_(0, 0.01)
+    made.feature_std.uniform_(0.05, 0.1)
+    made.score_mean.uniform_(0.5, 1)
+    made.score_std.uniform_(0.5, 2)
+    return made
+
+
+# Patch networks
+
+
+@pytest.mark.parametrize(("patch_size", "millions"), [(17, 3.0), (33, 1.6), (65, 1.4)])
+def test_the_networks_are_the_papers(patch_size, millions):
+    made = PatchNetwork(patch_size)
+    assert sum(p.numel() for p in made.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
+    assert made(torch.zeros(2, 3, patch_size, patch_size)).shape == (2, 1, 128)
+    assert not [m for m in made.modules() if isinstance(m, nn.Dropout | nn.BatchNorm2d)]
+
+
+@pytest.mark.parametrize("stride", [1, 2, 4, 8])
+@pytest.mark.parametrize("patch_size", PATCH_SIZES)
+def test_dense_evaluation_is_patch_by_patch_evaluation(patch_size, stride):
+    made = network(patch_size, 2, stride=stride)
+    generator = torch.Generator().manual_seed(patch_size + stride)
+    image = torch.randn(1, 3, 70, 83, generator=generator)
+    half = patch_size // 2
+    around = F.pad(image, (half + 8,) * 4, mode="reflect")
+    with torch.no_grad():
+        dense = made.dense(image)[0]
+        assert dense.shape == (2, 128, -(-70 // stride), -(-83 // stride))
+        rows = torch.randint(dense.shape[-2], (12,), generator=generator).tolist()
+        columns = torch.randint(dense.shape[-1], (12,), generator=generator).tolist()
+        # The corners too, where the image is mirrored.
+        for i, j in [(0, 0), (dense.shape[-2] - 1, dense.shape[-1] - 1), *zip(rows, columns, strict=True)]:
+            y, x = i * stride + (stride - 1) // 2 + 8, j * stride + (stride - 1) // 2 + 8
+            patch = around[..., y : y + patch_size, x : x + patch_size]
+            assert torch.allclose(dense[:, :, i, j], made(patch)[0], atol=1e-5)
+    assert dense.std(dim=(-2, -1)).min() > 1e-3
+
+
+@pytest.mark.parametrize("patch_size", PATCH_SIZES)
+def test_an_output_stride_leaves_out_outputs_and_changes_none(patch_size):
+    image = torch.randn(1, 3, 72, 72)
+    made = network(patch_size)
+    with torch.no_grad():
+        every = made.dense(image)
+        for stride in (2, 4, 8):
+            offset = (stride - 1) // 2
+            assert torch.allclose(made.dense(image, stride), every[..., offset::stride, offset::stride], atol=1e-5)
+
+
+@pytest.mark.parametrize("patch_size", PATCH_SIZES)
+def test_the_receptive_field_is_what_gradients_say(patch_size):
+    patch = torch.randn(1, 3, patch_size, patch_size, requires_grad=True)
+    network(patch_size)(patch).sum().backward()
+    touched = (patch.grad.abs().sum(dim=(0, 1)) > 0).any(dim=1).nonzero()
+    assert int(touched.max()) - int(touched.min()) + 1 <= receptive_field(patch_size) <= patch_size
+
+
+def test_students_computed_together_are_separate_networks():
+    together = network(33, copies=3, stride=2)
+    image = torch.randn(2, 3, 64, 64)
+    for number in range(3):
+        alone = network(33, stride=2, seed=9)
+        for mine, grouped in zip(alone.convolutions, together.convolutions, strict=True):
+            mine.weight.data = grouped.weight.data.unflatten(0, (3, -1))[number].clone()
+            mine.bias.data = grouped.bias.data.unflatten(0, (3, -1))[number].clone()
+        with torch.no_grad():
+            assert torch.allclose(together.dense(image)[:, number], alone.dense(image)[:, 0], atol=1e-5)
+
+
+def test_students_start_differently_and_unlike_their_teacher():
+    made = UninformedStudentsModel((33,), 3, 1 / 16)
+    first = made.students[0].convolutions[1].weight.unflatten(0, (3, -1))
+    assert not torch.allclose(first[0], first[1])
+    assert not torch.allclose(first[1], first[2])
+    assert not torch.allclose(first[0], made.teachers[0].convolutions[1].weight)
+
+
+@pytest.mark.parametrize("dilation", [1, 2, 4])
+def test_dense_pooling_is_dilated_pooling(dilation):
+    x = torch.randn(1, 2, 12, 13)
+    assert torch.equal(dense_max_pool(x, dilation), F.max_pool2d(x, 2, stride=1, dilation=dilation))
+
+
+def test_multiply_accumulates_of_the_densest_layer():
+    # The paper's 33 network on one pixel wide output: counted by hand for the first convolution of a 64 pixel image.
+    made = PatchNetwork(33, width=1.0)
+    total = multiply_accumulates(made, (64, 64))
+    # 64 + 31 rows are padded in; each dense layer's output is smaller by its kernel's reach.
+    sides = (64 + 31 - 4, 64 + 31 - 4 - 1 - 8, 64 + 31 - 4 - 1 - 8 - 2 - 4, 64)
+    weights = [3 * 25 * 128, 128 * 25 * 256, 256 * 4 * 256, 256 * 16 * 128]
+    assert total == sum(side * side * weight for side, weight in zip(sides, weights, strict=True))
+    assert multiply_accumulates(PatchNetwork(33, stride=4), (64, 64)) < total / 4
+
+
+@pytest.mark.parametrize("wrong", [{"patch_size": 31}, {"stride": 3}])
+def test_a_network_that_does_not_exist(wrong):
+    with pytest.raises(ValueError, match="one of"):
+        PatchNetwork(**{"patch_size": 33, **wrong})
+
+
+# Losses of the distillation
+
+
+def test_knowledge_loss_by_hand():
+    decoded = torch.tensor([[1.0, 2.0], [0.0, 0.0]])
+    target = torch.tensor([[0.0, 4.0], [3.0, 0.0]])
+    assert knowledge_loss(decoded, target) == pytest.approx(((1 + 4) + 9) / 2)
+
+
+def test_metric_loss_by_hand():
+    descriptor, positive, negative = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 1.0]]), torch.tensor([[2.0, 0.0]])
+    # To the descriptor 4, to the positive 5: the nearer counts.
+    assert metric_loss(descriptor, positive, negative, 5.0) == pytest.approx(5 + 1 - 4)
+    assert metric_loss(descriptor, positive, negative, 1.0) == 0
+
+
+def test_the_negative_is_swapped_to_the_positive_where_that_is_closer():
+    descriptor, positive, negative = torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0, 0.0]]), torch.tensor([[1.5, 0.0]])
+    assert metric_loss(descriptor, positive, negative, 1.0) == pytest.approx(1 + 1 - 0.25)
+    # The other way round the distance to the descriptor is the smaller one.
+    assert metric_loss(positive, descriptor, negative, 1.0) == pytest.approx(1 + 1 - 0.25)
+
+
+def test_compactness_is_over_dimensions():
+    base = torch.randn(50, 1)
+    # Two dimensions that say the same, one opposite: three pairs of correlation 1, each counted twice.
+    same = torch.cat([base, 2 * base + 3, -base], dim=1)
+    assert compactness_loss(same) == pytest.approx(6.0, abs=1e-4)
+    hadamard = torch.tensor([[1.0, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]])
+    assert compactness_loss(hadamard) == pytest.approx(0.0, abs=1e-6)
+    # Samples that say the same are no matter: over samples these would be correlated entirely.
+    assert compactness_loss(hadamard.repeat(2, 1)) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_compactness_by_hand():
+    descriptor = torch.tensor([[0.0, 0.0], [1.0, 3.0], [2.0, 0.0]])
+    x, y = np.array([-1.0, 0, 1]), np.array([-1.0, 2, -1])
+    expected = 2 * abs(float(x @ y)) / (np.linalg.norm(x) * np.linalg.norm(y))
+    assert compactness_loss(descriptor) == pytest.approx(expected, abs=1e-6)
+    numpy_says = np.corrcoef(torch.randn(40, 5, generator=torch.Generator().manual_seed(1)).numpy().T)
+    drawn = torch.randn(40, 5, generator=torch.Generator().manual_seed(1))
+    assert compactness_loss(drawn) == pytest.approx(np.abs(numpy_says).sum() - 5, abs=1e-4)
+
+
+def test_the_total_is_the_weighted_sum():
+    teacher, decoder = network(17), nn.Linear(128, 16)
+    patches, twins, target = torch.randn(6, 3, 17, 17), torch.randn(6, 3, 17, 17), torch.randn(6, 16)
+    with torch.no_grad():
+        descriptor, positive = teacher(patches)[:, 0], teacher(twins)[:, 0]
+        parts = (
+            knowledge_loss(decoder(descriptor), target),
+            metric_loss(descriptor, positive, descriptor.roll(1, 0), 1.0),
+            compactness_loss(descriptor),
+        )
+        for weights in [(1, 0, 1), (0, 2, 0), (0.5, 1, 3)]:
+            found = total_loss(teacher, decoder, (patches, twins), target, LossWeights(*weights))
+            assert found == pytest.approx(float(sum(w * part for w, part in zip(weights, parts, strict=True))), rel=1e-5)
+
+
+# Students, statistics, maps
+
+
+def test_error_variance_and_loss_by_definition():
+    made = model()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        found = made.deviations(images)
+        for scale in range(2):
+            target = made.teachers[scale].dense(images)[:, 0]
+            mean, std = made.feature_mean[scale, 0], made.feature_std[scale, 0]
+            wanted = (target - mean[:, None, None]) / std[:, None, None]
+            students = made.students[scale].dense(images)
+            error = (students.mean(dim=1) - wanted).square().sum(dim=1)
+            # The paper's form: mean of squared norms minus the squared norm of the mean.
+            paper = students.square().sum(dim=2).mean(dim=1) - students.mean(dim=1).square().sum(dim=1)
+            assert torch.allclose(found.errors[:, scale], error, rtol=1e-4)
+            assert torch.allclose(found.variances[:, scale], paper, rtol=1e-3, atol=1e-4)
+        expected = sum(
+            (made.students[s].dense(images) - ((made.targets(images)[s] - made.feature_mean[s, 0][:, None, None])
+             / made.feature_std[s, 0][:, None, None])).square().sum(2).mean((1, 2, 3))
+            for s in range(2)
+        )  # fmt: skip
+    assert torch.allclose(found.losses, expected, rtol=1e-4)
+
+
+def test_the_variance_does_not_cancel_in_half_precision():
+    offset = 30 + torch.tensor([-0.25, 0.0, 0.25])
+    students = offset[None, :, None, None, None].expand(1, 3, 128, 1, 1).half()
+    true = 128 * float(torch.tensor([0.0625, 0, 0.0625]).mean())
+    centre = students.mean(dim=1, keepdim=True)
+    ours = (students - centre).square().sum(dim=2).mean(dim=1)
+    papers = students.square().sum(dim=2).mean(dim=1) - centre[:, 0].square().sum(dim=1)
+    assert float(ours) == pytest.approx(true, rel=0.01)
+    assert float(papers) != pytest.approx(true, rel=0.5)
+
+
+def test_the_map_is_the_mean_over_scales_of_both_z_scores_and_the_score_its_maximum():
+    made = model(stride=1)
+    images = torch.randn(2, 3, 48, 56)
+    with torch.no_grad():
+        found, output = made.deviations(images), made(images)
+    expected = torch.zeros(2, 48, 56)
+    for scale in range(2):
+        for values, kind in ((found.errors, 0), (found.variances, 1)):
+            expected += (values[:, scale] - made.score_mean[scale, 0, kind]) / made.score_std[scale, 0, kind] / 2
+    assert torch.allclose(output.anomaly_map[:, 0], expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(output.pred_score, output.anomaly_map.amax(dim=(-2, -1)))
+
+
+def test_a_single_student_has_no_variance():
+    made = model(students=1, patch_sizes=(17,), stride=1)
+    images = torch.randn(1, 3, 40, 40)
+    with torch.no_grad():
+        found, output = made.deviations(images), made(images)
+    expected = (found.errors[:, :1] - made.score_mean[0, 0, 0]) / made.score_std[0, 0, 0]
+    assert torch.allclose(output.anomaly_map, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (65, 47), (40, 96)])
+@pytest.mark.parametrize("stride", [1, 2, 4, 8])
+def test_the_map_has_the_size_of_the_input(size, stride):
+    with torch.no_grad():
+        output = model(stride=stride)(torch.randn(1, 3, *size))
+    assert output.anomaly_map.shape == (1, 1, *size)
+
+
+def test_statistics_by_category():
+    made = model(categories=2, patch_sizes=(17,))
+    images = torch.randn(1, 3, 48, 48).repeat(2, 1, 1, 1)
+    with pytest.raises(ValueError, match="by category"):
+        made(images)
+    with torch.no_grad():
+        both = made(images, torch.tensor([0, 1])).anomaly_map
+        assert not torch.allclose(both[0], both[1])
+        swapped = made(images, torch.tensor([1, 0])).anomaly_map
+        assert torch.allclose(swapped.flip(0), both)
+
+
+def test_moments_are_those_of_all_values_together():
+    values = torch.randn(100, 3, generator=torch.Generator().manual_seed(3)) * 5 + 1000
+    moments = Moments((3, 3), torch.device("cpu"))
+    for part in values[:60].split(7):
+        moments.add(0, part)
+    moments.add(1, values[60:])
+    mean, std = moments.result()
+    assert torch.allclose(mean[0], values[:60].mean(0))
+    assert torch.allclose(std[1], values[60:].std(0, unbiased=False), rtol=1e-4)
+    # A row that has seen nothing takes what all rows have seen.
+    assert torch.allclose(mean[2], values.mean(0))
+    assert torch.allclose(std[2], values.std(0, unbiased=False), rtol=1e-4)
+
+
+def test_a_value_that_never_varies_can_be_divided_by():
+    moments = Moments((1, 1), torch.device("cpu"))
+    moments.add(0, torch.full((9, 1), 0.25))
+    assert [float(x) for x in moments.result()] == [0.25, 1.0]
+
+
+def test_no_student_is_refused():
+    with pytest.raises(ValueError, match="at least one student"):
+        UninformedStudentsModel(students=0)
+
+
+# Export
+
+
+def exported(made, images, path, *more):
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = made
+
+        def forward(self, *inputs):
+            output = self.inner(*inputs)
+            return output.pred_score, output.anomaly_map
+
+    names = ["image", "category"][: 1 + len(more)]
+    torch.onnx.export(Plain().eval(), (images, *more), str(path), dynamo=False, opset_version=17, input_names=names)
+    return path
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("stride", "patch_sizes"), [(1, (17, 65)), (2, (33, 65)), (4, (33,)), (8, (65, 17))])
+@pytest.mark.parametrize("size", [(72, 72), (80, 104)])
+def test_onnx_and_openvino_agree_with_torch_at_any_size(tmp_path, size, stride, patch_sizes):
+    onnxruntime, openvino = pytest.importorskip("onnxruntime"), pytest.importorskip("openvino")
+    made = model(stride=stride, patch_sizes=patch_sizes)
+    images = torch.randn(1, 3, *size)
+    with torch.no_grad():
+        expected = made(images)
+    path = exported(made, images, tmp_path / "model.onnx")
+    by_onnx = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"image": images.numpy()})
+    compiled = openvino.compile_model(openvino.convert_model(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    by_openvino = list(compiled(images.numpy()).values())
+    for score, anomaly_map in (by_onnx, by_openvino):
+        scale = float(expected.anomaly_map.abs().max())
+        assert np.abs(anomaly_map - expected.anomaly_map.numpy()).max() < 1e-3 * scale
+        assert np.abs(score - expected.pred_score.numpy()).max() < 1e-3 * scale
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_statistics_by_category_are_an_input_of_the_exported_graph(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    made = model(categories=3, patch_sizes=(33,))
+    images, category = torch.randn(2, 3, 64, 64), torch.tensor([2, 0])
+    session = onnxruntime.InferenceSession(
+        exported(made, images, tmp_path / "model.onnx", category), providers=["CPUExecutionProvider"]
+    )
+    for wanted in ([2, 0], [1, 1]):
+        with torch.no_grad():
+            expected = made(images, torch.tensor(wanted)).anomaly_map
+        found = session.run(None, {"image": images.numpy(), "category": np.array(wanted)})[1]
+        assert torch.allclose(torch.from_numpy(found), expected, rtol=1e-3, atol=1e-3)

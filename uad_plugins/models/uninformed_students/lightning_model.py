@@ -1,0 +1,349 @@
+"""Uninformed Students as an anomalib model: teachers, statistics and training around the network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from anomalib import LearningType
+from anomalib.metrics import Evaluator
+from anomalib.models import AnomalibModule
+from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
+from anomalib.visualization import Visualizer
+from torch import nn
+
+from uad_plugins.config import OptimizerConfig
+from uad_plugins.errors import UadxError
+from uad_plugins.models.backbones import BUNDLED, CHECKPOINT, HUB, require_architecture
+from uad_plugins.models.recipe import DistillationRecipe
+from uad_plugins.models.uninformed_students.networks import DIMENSIONS, PatchNetwork, patch_networks
+from uad_plugins.models.uninformed_students.options import BY_CATEGORY, GLOBAL, NORMAL, PROCEDURAL, UninformedStudentsOptions
+from uad_plugins.models.uninformed_students.patches import PatchSource, from_folder, from_samples
+from uad_plugins.models.uninformed_students.procedural import procedural_source
+from uad_plugins.models.uninformed_students.teachers import (
+    PretrainedFeature,
+    TeacherRecord,
+    bundled_teacher,
+    distilled_teacher,
+    records_as_dict,
+)
+from uad_plugins.models.uninformed_students.torch_model import Moments, UninformedStudentsModel
+from uad_plugins.progress import counting
+
+RECIPE = OptimizerConfig(name="adam", lr=1e-4, weight_decay=1e-5)
+
+
+class UninformedStudents(DistillationRecipe, AnomalibModule):
+    """Uninformed Students (Bergmann et al., CVPR 2020, arXiv 1911.02357).
+
+    The teachers are taken from the package (``weights="bundled"``, where one ships for the patch size and width), from the
+    cache, or are distilled when training begins. The statistics of their descriptors are taken from the training images
+    before the first step; those of error and variance from the held-out images before each validation, so that every
+    checkpoint holds the ones that belong to its weights.
+
+    Args:
+        backbone: timm ResNet that the teachers are distilled from.
+        weights: Its weights: ``hub``, ``bundled`` or a path.
+        patch_sizes: Scales, of 17, 33, 65.
+        students: Students in each ensemble (M).
+        width: Channels of the hidden layers as a share of the paper's.
+        stride: Output stride of the dense evaluation: 1, 2, 4 or 8.
+        train_stride: Output stride while training; the offset changes with each batch, so that every
+            pixel is trained on. None: ``stride``.
+        statistics: ``global``, or ``category`` for statistics of each category.
+        teacher: How teachers are distilled; see ``TeacherRecipe``.
+        categories: Names of the categories whose statistics a checkpoint holds; not to be given otherwise.
+        optimizer: See ``OptimizerConfig``; None is the published recipe (Adam 1e-4).
+        pre_processor: See anomalib.
+        post_processor: See anomalib.
+        evaluator: See anomalib.
+        visualizer: See anomalib.
+
+    Raises:
+        UadxError: The weights are missing or of another architecture.
+        UsageError: The backbone does not exist.
+        pydantic.ValidationError: An option has no such value.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "resnet18",
+        weights: str = HUB,
+        patch_sizes: Sequence[int] = (17, 33, 65),
+        students: int = 3,
+        width: float = 1.0,
+        stride: int = 1,
+        train_stride: int | None = None,
+        statistics: str = GLOBAL,
+        teacher: Mapping[str, Any] | None = None,
+        categories: Sequence[str] | None = None,
+        optimizer: Mapping[str, Any] | None = None,
+        pre_processor: PreProcessor | bool = True,
+        post_processor: PostProcessor | bool = True,
+        evaluator: Evaluator | bool = True,
+        visualizer: Visualizer | bool = True,
+    ) -> None:
+        options = UninformedStudentsOptions.model_validate(
+            {
+                "patch_sizes": list(patch_sizes),
+                "students": students,
+                "width": width,
+                "stride": stride,
+                "train_stride": train_stride,
+                "statistics": statistics,
+                "teacher": dict(teacher or {}),
+            }
+        )
+        require_architecture(backbone)
+        super().__init__(
+            pre_processor=pre_processor, post_processor=post_processor, evaluator=evaluator, visualizer=visualizer
+        )
+        self.patch_sizes, self.width = list(patch_sizes), width
+        self.train_stride = train_stride or stride
+        self.statistics = statistics
+        self.categories = list(categories or [])
+        self.teacher_recipe = options.teacher
+        self.teacher_records: list[dict[str, Any]] = []
+        self.weights_record = None
+        self.model = UninformedStudentsModel(patch_sizes, students, width, stride, len(self.categories))
+        self.model.to(memory_format=torch.channels_last)
+        self.set_recipe(optimizer, RECIPE)
+        # In a list, so that it is no part of the module and of no checkpoint.
+        self._pretrained: list[PretrainedFeature] = []
+        self._missing = [] if weights == CHECKPOINT else list(range(len(patch_sizes)))
+        if weights == BUNDLED:
+            self._missing = [scale for scale in self._missing if not self._take_bundled(scale)]
+        if self._missing:
+            # Loaded now: missing weights are found before any image is read.
+            self._pretrained.append(PretrainedFeature(backbone, weights))
+            self.weights_record = self._pretrained[0].record
+
+    model: UninformedStudentsModel
+
+    @property
+    def learning_type(self) -> LearningType:
+        """It learns from normal images alone."""
+        return LearningType.ONE_CLASS
+
+    @property
+    def trainer_arguments(self) -> dict[str, Any]:
+        """Nothing that the trainer would have to be told."""
+        return {}
+
+    @property
+    def by_category(self) -> bool:
+        """Whether predicting takes the category of each image."""
+        return self.statistics == BY_CATEGORY
+
+    def run_record(self) -> dict[str, Any]:
+        """Return what the manifest of a run says of this method: where its teachers came from."""
+        return {"teachers": self.teacher_records}
+
+    def trained_parameters(self) -> Iterable[nn.Parameter]:
+        """Return the students' parameters."""
+        return self.model.students.parameters()
+
+    # Teachers
+
+    def setup(self, stage: str) -> None:
+        """Learn the names of the categories, when training begins."""
+        super().setup(stage)
+        if stage == "fit" and self.by_category and not self.categories:
+            self._set_categories(list(getattr(getattr(self.trainer, "datamodule", None), "categories", [])))
+
+    def _set_categories(self, names: list[str]) -> None:
+        if not names:
+            raise UadxError(
+                "statistics by category need a datamodule that knows the categories",
+                "use uad_plugins.data.UnifiedDataModule, or statistics=global",
+            )
+        self.categories = names
+        fresh = UninformedStudentsModel(self.patch_sizes, 1, 1 / 16, 1, len(names))
+        for name in ("feature_mean", "feature_std", "score_mean", "score_std"):
+            setattr(self.model, name, getattr(fresh, name).to(self.device))
+        self.model.by_category = True
+
+    def _take_bundled(self, scale: int) -> bool:
+        found = bundled_teacher(self.patch_sizes[scale], self.width)
+        if found is None:
+            return False
+        self._take(scale, *found)
+        return True
+
+    def _take(self, scale: int, network: PatchNetwork, record: TeacherRecord) -> None:
+        patch_networks(self.model.teachers)[scale].take(network)
+        self.teacher_records += records_as_dict([record])
+
+    def _distil(self, datamodule: Any) -> None:
+        source = self._patch_source(datamodule)
+        # The first process fills the cache, the others read it.
+        for turn in (True, False):
+            if self.trainer.is_global_zero == turn:
+                for scale in self._missing:
+                    self._take(scale, *self._distilled(self.patch_sizes[scale], source))
+            self.trainer.strategy.barrier("teachers")
+        self._missing, self._pretrained = [], []
+
+    def _distilled(self, patch_size: int, source: PatchSource) -> tuple[PatchNetwork, TeacherRecord]:
+        # Whether a teacher was in the cache must not change the random numbers of the training.
+        with torch.random.fork_rng(devices=[]):
+            return distilled_teacher(
+                self.teacher_recipe,
+                patch_size,
+                self.width,
+                self._pretrained[0],
+                source,
+                device=self.trainer.strategy.root_device,
+                report=counting if self.trainer.is_global_zero else None,
+            )
+
+    def _patch_source(self, datamodule: Any) -> PatchSource:
+        images = self.teacher_recipe.images
+        if images == PROCEDURAL:
+            return procedural_source()
+        if images != NORMAL:
+            return from_folder(Path(images))
+        data = getattr(datamodule, "train_data", None)
+        if data is None:
+            raise UadxError(
+                "no datamodule to take training images from",
+                "give the teacher natural images: teacher.images=FOLDER, or drawn ones: teacher.images=procedural",
+            )
+        table = getattr(data, "table", None)
+        if table is not None:
+            paths = [table.paths[int(i)] for i in data.indices]
+            names = [table.relative(int(i)) for i in data.indices]
+        else:
+            paths = [str(path) for path in data.samples.image_path]
+            names = [Path(path).name for path in paths]
+        return from_samples(paths, names, tuple(self.input_size or (256, 256)))
+
+    # Statistics
+
+    def on_fit_start(self) -> None:
+        """Get the teachers, and mean and deviation of their descriptors over the training pixels.
+
+        A checkpoint that training goes on from has been read by now: what it brought is kept.
+        """
+        super().on_fit_start()
+        if self._missing:
+            self._distil(getattr(self.trainer, "datamodule", None))
+        if not self.model.normalised:
+            self._set_feature_statistics(self.trainer.datamodule.train_dataloader())
+
+    def _set_feature_statistics(self, loader: Any) -> None:
+        moments = [self._moments(DIMENSIONS) for _ in self.patch_sizes]
+        for images, rows, _ in self._batches(loader):
+            for moment, target in zip(moments, self.model.targets(images), strict=True):
+                for row, descriptors in zip(rows, target[:, 0], strict=True):
+                    moment.add(row, descriptors.flatten(1).T)
+        for scale, moment in enumerate(moments):
+            mean, std = self._reduced(moment).result()
+            self.model.feature_mean[scale], self.model.feature_std[scale] = mean, std
+
+    def on_validation_epoch_start(self) -> None:
+        """Take mean and deviation of error and variance over the held-out normal pixels, while training."""
+        super().on_validation_epoch_start()
+        if self.trainer.state.fn == "fit":
+            self._set_score_statistics(self.trainer.val_dataloaders)
+
+    def _set_score_statistics(self, loader: Any) -> None:
+        moments = [self._moments(2) for _ in self.patch_sizes]
+        for images, rows, normal in self._batches(loader):
+            found = self.model.deviations(images, self._category(rows))
+            values = torch.stack([found.errors, found.variances], dim=-1)
+            for row, good, of_image in zip(rows, normal, values, strict=True):
+                for moment, of_scale in zip(moments, of_image, strict=True):
+                    if good:
+                        moment.add(row, of_scale.flatten(0, 1))
+        for scale, moment in enumerate(moments):
+            mean, std = self._reduced(moment).result()
+            self.model.score_mean[scale], self.model.score_std[scale] = mean, std
+
+    def _moments(self, length: int) -> Moments:
+        return Moments((max(1, len(self.categories)), length), self.device)
+
+    def _reduced(self, moments: Moments) -> Moments:
+        moments.sums = self.trainer.strategy.reduce(moments.sums, reduce_op="sum")
+        return moments
+
+    def _batches(self, loader: Any) -> Iterator[tuple[torch.Tensor, list[int], list[bool]]]:
+        """Yield normalised images on the module's device, the row of each in the statistics, and whether it is normal."""
+        training = self.training
+        self.eval()
+        with torch.no_grad():
+            for batch in loader:
+                images = batch.image.to(self.device)
+                if self.pre_processor is not None:
+                    images = self.pre_processor(images)
+                images = torch.as_tensor(images).as_subclass(torch.Tensor)
+                rows = batch.category_index.tolist() if self.by_category else [0] * len(images)
+                labels = batch.gt_label
+                yield images, rows, [not label for label in labels.tolist()] if labels is not None else [True] * len(images)
+        self.train(training)
+
+    def _category(self, rows: Sequence[int]) -> torch.Tensor | None:
+        return torch.tensor(rows, device=self.device) if self.by_category else None
+
+    def _category_of(self, batch: Any) -> torch.Tensor | None:
+        return batch.category_index if self.by_category else None
+
+    # Steps
+
+    def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        """Return the loss of a batch."""
+        del args, kwargs
+        images = batch.image
+        if self.train_stride > 1:
+            # Another grid of pixels each time: 5 has no factor in common with the number of grids. It depends on the step
+            # alone, so that a resumed training goes on as an unbroken one.
+            down, right = divmod(self.global_step * 5 % self.train_stride**2, self.train_stride)
+            images = images[..., down:, right:]
+        loss = self.model.deviations(images, self._category_of(batch), self.train_stride).losses.mean()
+        self.log("train_loss", loss.detach(), on_epoch=True, prog_bar=True)
+        return {"loss": loss}
+
+    @staticmethod
+    def distil(network: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the loss of each image and the anomaly maps, with global statistics; see ``DistillationRecipe``."""
+        return loss_and_map(network, images, None)
+
+    def validation_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """Predict, and note the loss of each image in ``held_out_loss``."""
+        del args, kwargs
+        self.held_out_loss, anomaly_map = loss_and_map(self.model, batch.image, self._category_of(batch))
+        return batch.update(pred_score=anomaly_map.amax(dim=(-2, -1)), anomaly_map=anomaly_map)
+
+    def test_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """Predict."""
+        del args, kwargs
+        found = self.model(batch.image, self._category_of(batch))
+        return batch.update(**found._asdict())
+
+    def predict_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """Predict."""
+        return self.test_step(batch, *args, **kwargs)
+
+    # Checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add where the teachers came from, and whose statistics these are."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["hyper_parameters"]["categories"] = list(self.categories)
+        checkpoint["teachers"] = self.teacher_records
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take over where the teachers came from."""
+        super().on_load_checkpoint(checkpoint)
+        self.teacher_records = list(checkpoint.get("teachers", []))
+        self._missing, self._pretrained = [], []
+
+
+def loss_and_map(network: Any, images: torch.Tensor, category: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the loss of each image, float32 ``(B,)``, and the anomaly maps, float32 ``(B, 1, H, W)``."""
+    found = network.deviations(images, category)
+    size = (int(images.shape[-2]), int(images.shape[-1]))
+    return found.losses, network.anomaly_map(found, size, category)

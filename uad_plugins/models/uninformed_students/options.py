@@ -1,0 +1,60 @@
+"""Options of Uninformed Students. No torch in here: plugins are listed without it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+PatchSize = Literal[17, 33, 65]
+Stride = Literal[1, 2, 4, 8]
+
+NORMAL, PROCEDURAL = "normal", "procedural"
+"""Sources of a teacher's patches besides a folder."""
+
+GLOBAL: Literal["global"] = "global"
+BY_CATEGORY: Literal["category"] = "category"
+"""What statistics are taken over."""
+
+
+class TeacherRecipe(BaseModel):
+    """How a teacher is distilled; the defaults are those of section 4.1 of the paper."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    images: str = Field(
+        NORMAL,
+        description="What patches are cropped from: a folder of natural images, 'normal' (the training images), or "
+        "'procedural' (drawn images).",
+    )
+    steps: int = Field(50_000, gt=0, description="Steps of the distillation.")
+    batch_size: int = Field(64, gt=1, description="Patches in a step.")
+    lr: float = Field(2e-4, gt=0, description="Learning rate of Adam.")
+    weight_decay: float = Field(1e-5, ge=0, description="Weight decay of Adam.")
+    knowledge: float = Field(1.0, ge=0, description="Weight of the knowledge distillation loss.")
+    metric: float = Field(0.0, ge=0, description="Weight of the metric learning loss.")
+    compactness: float = Field(1.0, ge=0, description="Weight of the descriptor compactness loss.")
+    margin: float = Field(1.0, gt=0, description="Margin of the metric learning loss.")
+    seed: int = Field(0, ge=0, description="Of patches and initial weights.")
+
+
+class UninformedStudentsOptions(BaseModel):
+    """The configuration section ``model.options``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    patch_sizes: list[PatchSize] = Field([17, 33, 65], min_length=1, description="Scales: sides of the patches.")
+    students: int = Field(3, ge=1, description="Students in each ensemble.")
+    width: float = Field(1.0, gt=0, le=4, description="Channels of the hidden layers as a share of the paper's.")
+    stride: Stride = Field(1, description="A descriptor for every n-th pixel; 1 is the paper's.")
+    train_stride: Stride | None = Field(None, description="The same while training; null: as stride.")
+    statistics: Literal["global", "category"] = Field(GLOBAL, description="Statistics over all, or of each category.")
+    teacher: TeacherRecipe = Field(default_factory=TeacherRecipe, description="How teachers are distilled.")
+
+    @field_validator("patch_sizes")
+    @classmethod
+    def _different(cls, value: Sequence[int]) -> Sequence[int]:
+        if len(set(value)) != len(value):
+            raise ValueError("each patch size may be given once")
+        return value

@@ -1,0 +1,140 @@
+"""Patches that teachers are distilled on: random crops of images, the same for the same step."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from uad_plugins.data.layouts.walking import images as images_below
+from uad_plugins.errors import UadxError
+from uad_plugins.imaging import ImageError, RgbImage, read_rgb, resize_rgb
+from uad_plugins.models.uninformed_students.distillation import Batch
+
+POOL = 512
+"""Decoded images kept in memory at a time."""
+
+STEPS_PER_POOL = 500
+"""Steps after which other images are decoded, where there are more."""
+
+MEAN = np.array([0.485, 0.456, 0.406], np.float32)
+STD = np.array([0.229, 0.224, 0.225], np.float32)
+
+
+class PatchSource:
+    """Draws batches of patches from images.
+
+    Args:
+        images: Image number -> uint8 ``(H, W, 3)``; None where it cannot be used.
+        count: How many images there are.
+        fingerprint: Of the images, for the cache of teachers.
+        description: What they are, in words.
+    """
+
+    def __init__(self, images: Callable[[int], RgbImage | None], count: int, fingerprint: str, description: str) -> None:
+        self.images, self.count, self.fingerprint, self.description = images, count, fingerprint, description
+        self._pool: list[RgbImage] = []
+        self._chunk = -1
+
+    def batches(self, patch_size: int, batch_size: int, seed: int) -> Callable[[int], Batch]:
+        """Return a function from a step to its batch: normalised float32 ``(N, 3, p, p)``, twice.
+
+        The second holds the twins: the same patches shifted by up to an eighth of their side and changed in intensity by
+        up to 10 %. Patches that follow each other are of different images.
+        """
+
+        def batch(step: int) -> Batch:
+            pool = self._images_of(step // STEPS_PER_POOL, patch_size, seed)
+            rng = np.random.default_rng((seed, step))
+            # Without repeats as far as the images last: the neighbour in a batch is the negative of a patch.
+            rounds = -(-batch_size // len(pool))
+            chosen = np.concatenate([rng.permutation(len(pool)) for _ in range(rounds)])[:batch_size]
+            reach = max(1, patch_size // 8)
+            patches = np.empty((batch_size, patch_size, patch_size, 3), np.float32)
+            twins = np.empty_like(patches)
+            for row, index in enumerate(chosen):
+                image = pool[index]
+                y = int(rng.integers(0, image.shape[0] - patch_size + 1))
+                x = int(rng.integers(0, image.shape[1] - patch_size + 1))
+                shift = rng.integers(-reach, reach + 1, size=2)
+                moved_y = int(np.clip(y + shift[0], 0, image.shape[0] - patch_size))
+                moved_x = int(np.clip(x + shift[1], 0, image.shape[1] - patch_size))
+                patches[row] = image[y : y + patch_size, x : x + patch_size]
+                twins[row] = image[moved_y : moved_y + patch_size, moved_x : moved_x + patch_size]
+            twins = np.clip(twins * rng.uniform(0.9, 1.1, size=(batch_size, 1, 1, 1)).astype(np.float32), 0, 255)
+            return _normalised(patches), _normalised(twins)
+
+        return batch
+
+    def _images_of(self, chunk: int, patch_size: int, seed: int) -> list[RgbImage]:
+        chunk = chunk if self.count > POOL else 0
+        if chunk != self._chunk:
+            rng = np.random.default_rng((seed, chunk, 1))
+            chosen = rng.choice(self.count, size=min(POOL, self.count), replace=False)
+            found = (self.images(int(index)) for index in np.sort(chosen))
+            self._pool = [image for image in found if image is not None and min(image.shape[:2]) >= patch_size]
+            self._chunk = chunk
+        if not self._pool:
+            raise UadxError(
+                f"{self.description}: no image of at least {patch_size}x{patch_size} pixels",
+                "a teacher is distilled on crops of that size",
+            )
+        return self._pool
+
+
+def from_folder(folder: Path, shorter_side: int = 256) -> PatchSource:
+    """Use all images below a folder, for example natural images; larger ones are shrunk to the shorter side given.
+
+    Raises:
+        UadxError: There is no image.
+    """
+    folder = folder.expanduser()
+    if not folder.is_dir():
+        raise UadxError(f"{folder}: no such folder of images", "a teacher is distilled on the images in it")
+    paths = sorted(images_below(folder))
+    if not paths:
+        raise UadxError(f"{folder}: no image in it", "PNG, JPEG, BMP, TIFF and WebP are read")
+
+    def image(index: int) -> RgbImage | None:
+        try:
+            picture = read_rgb(paths[index])
+        except ImageError:
+            return None
+        share = min(1.0, shorter_side / min(picture.size))
+        return resize_rgb(picture, (round(picture.height * share), round(picture.width * share)))
+
+    names = [str(Path(path).relative_to(folder)) for path in paths]
+    return PatchSource(image, len(paths), _fingerprint(paths, names), f"{len(paths)} images in {folder}")
+
+
+def from_samples(paths: Sequence[str], names: Sequence[str], size: tuple[int, int]) -> PatchSource:
+    """Use training images at the network's input size.
+
+    Args:
+        paths: Image files.
+        names: Their names relative to the data set, for the fingerprint.
+        size: ``(height, width)``.
+    """
+
+    def image(index: int) -> RgbImage | None:
+        return resize_rgb(read_rgb(paths[index]), size)
+
+    print_ = _fingerprint(paths, [*names, f"{size[0]}x{size[1]}"])
+    return PatchSource(image, len(paths), print_, f"{len(paths)} normal training images at {size[0]}x{size[1]}")
+
+
+def _fingerprint(paths: Sequence[str], names: Sequence[str]) -> str:
+    digest = hashlib.sha256()
+    for name in names:
+        digest.update(f"{name}\n".encode())
+    for path in paths:
+        digest.update(f"{Path(path).stat().st_size}\n".encode())
+    return digest.hexdigest()
+
+
+def _normalised(patches: NDArray[np.float32]) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(((patches / 255 - MEAN) / STD).transpose(0, 3, 1, 2)))

@@ -1,0 +1,214 @@
+"""Where teachers come from: the package, the cache, or a distillation that fills the cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+from torch import nn
+
+from uad_plugins.artifacts import atomic_path, cache_folder
+from uad_plugins.errors import UadxError, reason_of
+from uad_plugins.models.backbones import BUNDLED, WeightsRecord, load_backbone
+from uad_plugins.models.uninformed_students.distillation import LossWeights, distil
+from uad_plugins.models.uninformed_students.networks import PatchNetwork
+from uad_plugins.models.uninformed_students.options import TeacherRecipe
+from uad_plugins.models.uninformed_students.patches import PatchSource
+from uad_plugins.progress import Progress
+
+VERSION = 1
+"""Changes whenever the same recipe would give another teacher."""
+
+ASSETS = Path(__file__).parent.parent / "assets"
+
+Reporter = Callable[[str], AbstractContextManager[Progress]]
+"""Given what is done, gives the function that shows how far it is."""
+
+
+@dataclass(frozen=True)
+class TeacherRecord:
+    """Where a teacher came from.
+
+    Attributes:
+        patch_size: 17, 33 or 65.
+        width: Share of the paper's channels.
+        source: ``bundled`` or ``distilled``.
+        key: SHA-256 of everything that determines it, hexadecimal.
+        images: What it was distilled on, in words.
+        steps: How many steps.
+        loss: Mean over the last tenth of them.
+        weights_sha256: Of the pretrained network's weights.
+    """
+
+    patch_size: int
+    width: float
+    source: Literal["bundled", "distilled"]
+    key: str
+    images: str
+    steps: int
+    loss: float
+    weights_sha256: str
+
+
+class PretrainedFeature(nn.Module):
+    """The pooled feature of a ResNet after its last layer: the target of the distillation.
+
+    Args:
+        backbone: timm ResNet.
+        weights: ``hub``, ``bundled`` or a path. The bundled weights end after layer 3, whose feature is then the target.
+
+    Attributes:
+        record: Where the weights came from.
+        layer: Name of the layer.
+
+    Raises:
+        UadxError: The weights are missing or of another architecture.
+    """
+
+    record: WeightsRecord
+
+    def __init__(self, backbone: str, weights: str) -> None:
+        super().__init__()
+        index = 3 if weights == BUNDLED else 4
+        self.layer = f"layer{index}"
+        self.network = timm.create_model(backbone.partition(".")[0], features_only=True, out_indices=[index])
+        self.record = load_backbone(self.network, backbone, weights)
+        self.requires_grad_(False).eval()
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        """Return the feature of patches ``(N, 3, p, p)``, float32 ``(N, n)``."""
+        feature: torch.Tensor = self.network(patches)[0]
+        return feature.mean(dim=(-2, -1))
+
+
+def teacher_key(recipe: TeacherRecipe, patch_size: int, width: float, target: PretrainedFeature, source: PatchSource) -> str:
+    """Return the SHA-256 of everything that determines a teacher."""
+    facts = {
+        "version": VERSION,
+        "recipe": recipe.model_dump(mode="json", exclude={"images"}),
+        "patch_size": patch_size,
+        "width": width,
+        "layer": target.layer,
+        "weights": target.record.sha256,
+        "images": source.fingerprint,
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def distilled_teacher(
+    recipe: TeacherRecipe,
+    patch_size: int,
+    width: float,
+    target: PretrainedFeature,
+    source: PatchSource,
+    *,
+    folder: Path | None = None,
+    device: torch.device | None = None,
+    report: Reporter | None = None,
+) -> tuple[PatchNetwork, TeacherRecord]:
+    """Return a teacher from the cache, or distil it; an interrupted distillation goes on where it stopped.
+
+    Args:
+        recipe: How it is distilled.
+        patch_size: 17, 33 or 65.
+        width: Share of the paper's channels.
+        target: The pretrained network.
+        source: Patches.
+        folder: The cache; None: the user's.
+        device: Where it is distilled.
+        report: Shows progress.
+
+    Raises:
+        UadxError: The loss is no finite number, or no image is large enough.
+    """
+    key = teacher_key(recipe, patch_size, width, target, source)
+    folder = folder or cache_folder("teachers")
+    path = folder / f"{key}.safetensors"
+    if path.is_file():
+        try:
+            return load_teacher(path)
+        except UadxError:
+            # A cache may always be filled anew.
+            path.unlink()
+    checkpoint = folder / f"{key}.ckpt"
+
+    def run(progress: Progress | None) -> tuple[PatchNetwork, float]:
+        return distil(
+            patch_size,
+            width,
+            target.to(device or torch.device("cpu")),
+            source.batches(patch_size, recipe.batch_size, recipe.seed),
+            steps=recipe.steps,
+            lr=recipe.lr,
+            weight_decay=recipe.weight_decay,
+            weights=LossWeights(recipe.knowledge, recipe.metric, recipe.compactness, recipe.margin),
+            seed=recipe.seed,
+            checkpoint=checkpoint,
+            device=device,
+            progress=progress,
+        )
+
+    if report is None:
+        teacher, loss = run(None)
+    else:
+        with report(f"distilling the teacher of {patch_size}x{patch_size} patches") as progress:
+            teacher, loss = run(progress)
+    record = TeacherRecord(patch_size, width, "distilled", key, source.description, recipe.steps, loss, target.record.sha256)
+    save_teacher(teacher, record, path)
+    checkpoint.unlink(missing_ok=True)
+    return teacher, record
+
+
+def bundled_teacher(patch_size: int, width: float) -> tuple[PatchNetwork, TeacherRecord] | None:
+    """Return the teacher that ships with the package; None where none does for this patch size and width."""
+    path = ASSETS / bundled_name(patch_size, width)
+    if not path.is_file():
+        return None
+    teacher, record = load_teacher(path)
+    return teacher, TeacherRecord(**{**asdict(record), "source": "bundled"})
+
+
+def bundled_name(patch_size: int, width: float) -> str:
+    """Return the file name of a teacher that ships with the package."""
+    return f"teacher_{patch_size}_{round(width * 100)}.safetensors"
+
+
+def save_teacher(teacher: PatchNetwork, record: TeacherRecord, path: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write a teacher and its record as one safetensors file."""
+    from safetensors.torch import save
+
+    tensors = {name: tensor.detach().to(dtype).contiguous() for name, tensor in teacher.state_dict().items()}
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(save(tensors, metadata={"uadx.teacher": json.dumps(asdict(record))}))
+
+
+def load_teacher(path: Path) -> tuple[PatchNetwork, TeacherRecord]:
+    """Read what ``save_teacher`` wrote.
+
+    Raises:
+        UadxError: The file is damaged or is none.
+    """
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            record = TeacherRecord(**json.loads((file.metadata() or {})["uadx.teacher"]))
+            state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+        teacher = PatchNetwork(record.patch_size, 1, record.width)
+        teacher.load_state_dict(state)
+    except Exception as error:
+        # safetensors raises its own kinds, and what it holds may be anything.
+        raise UadxError(f"{path}: not a teacher of uadx: {reason_of(error)}", "distil it anew") from error
+    return teacher.requires_grad_(False).eval(), record
+
+
+def records_as_dict(records: Iterable[TeacherRecord]) -> list[dict[str, Any]]:
+    """Return records as plain dictionaries, for manifests and checkpoints."""
+    return [asdict(record) for record in records]

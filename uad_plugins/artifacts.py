@@ -100,8 +100,8 @@ def sha256_of(path: Path) -> str:
 
 def versions() -> dict[str, str]:
     """Return the versions of everything that can change a result."""
-    names = ("uadx", "torch", "torchvision", "lightning", "anomalib", "timm", "torchmetrics", "numpy", "pillow")
-    names += ("nncf", "openvino", "onnx", "onnxruntime")
+    names = ["uadx", "torch", "torchvision", "lightning", "anomalib", "timm", "torchmetrics", "numpy", "pillow"]
+    names += ["nncf", "openvino", "onnx", "onnxruntime"]
     found = {"python": platform.python_version(), "platform": platform.platform(), "machine": platform.machine()}
     installed = {dist.name.lower(): dist.version for dist in metadata.distributions() if dist.name}
     found |= {name: installed[name] for name in names if name in installed}
@@ -189,6 +189,20 @@ class Run:
         config = validate(read_yaml(self.config_file))
         use_plugins(config.plugins)
         return config
+
+    def source(self) -> dict[str, Any]:
+        """Return what later stations note of where they came from: the checkpoint, and how the data was split."""
+        config, manifest = self.config(), self.manifest()
+        return {
+            "run": str(self.folder.absolute()),
+            "checkpoint_sha256": manifest.checkpoint_sha256 or sha256_of(self.checkpoint),
+            "data": manifest.data.get("root"),
+            "layout": config.data.layout,
+            "categories": config.data.categories,
+            "val_fraction": config.data.val_fraction,
+            "seed": config.seed,
+            "target_fpr": config.thresholds.target_fpr,
+        }
 
     @classmethod
     def open(cls, folder: Path) -> Run:

@@ -120,8 +120,8 @@ class Detector(ABC):
         remaining = zip(paths, categories if categories is not None else repeat(None), strict=False)
         with ThreadPoolExecutor(max_workers=readers) as pool:
 
-            def submit(path: str, category: str | None) -> tuple[str, str | None, Future[_Decoded]]:
-                return path, category, pool.submit(_decode, path, self.image_size)
+            def submit(path: str, category: str | None) -> tuple[str, str | None, Future[Decoded]]:
+                return path, category, pool.submit(decode, path, self.image_size)
 
             waiting = [submit(*item) for item in islice(remaining, 2 * batch_size)]
             while waiting:
@@ -130,7 +130,7 @@ class Detector(ABC):
                 waiting += [submit(*item) for item in islice(remaining, batch_size)]
                 yield from self._score(decoded)
 
-    def _score(self, decoded: Sequence[tuple[str, str | None, _Decoded]]) -> Iterator[Prediction]:
+    def _score(self, decoded: Sequence[tuple[str, str | None, Decoded]]) -> Iterator[Prediction]:
         good = [item.pixels for _, _, item in decoded if item.pixels is not None]
         scores, maps = np.empty(0, np.float32), np.empty((0, 0, 0), np.float32)
         if good and self.by_category:
@@ -148,18 +148,32 @@ class Detector(ABC):
 
 
 @dataclass(frozen=True)
-class _Decoded:
+class Decoded:
+    """An image made ready for a network.
+
+    Attributes:
+        pixels: uint8 ``(H, W, 3)`` at the network's input size; None when it could not be read.
+        size: ``(height, width)`` of the source image, upright.
+        error: Why it could not be read.
+    """
+
     pixels: RgbImage | None
     size: tuple[int, int] = (0, 0)
     error: str = ""
 
 
-def _decode(path: str, size: tuple[int, int]) -> _Decoded:
+def decode(path: str, size: tuple[int, int]) -> Decoded:
+    """Decode and resize an image; one that cannot be read is an answer too.
+
+    Args:
+        path: Image file, or whatever else ``imaging.to_rgb`` takes.
+        size: ``(height, width)`` to resize to.
+    """
     try:
         image = to_rgb(path)
-        return _Decoded(resize_rgb(image, size), (image.height, image.width))
+        return Decoded(resize_rgb(image, size), (image.height, image.width))
     except ImageError as error:
-        return _Decoded(None, error=error.message.removeprefix(f"{path}: "))
+        return Decoded(None, error=error.message.removeprefix(f"{path}: "))
 
 
 def open_detector(folder: str | Path, engine: str | None = None) -> Detector:

@@ -147,6 +147,7 @@ class QuantizationResult:
         precision: ``int8``, ``fp16`` or ``fp32``.
         profile: Rules that the files are audited by: ``openvino``, ``tensorrt`` or ``float``.
         whole: Every convolution of the network is quantized; False for those that leave some in float on purpose.
+        trained: Weights were trained on: the result is not expected to agree with FP32 to the last percent.
         details: What else is to be remembered, as plain data.
     """
 
@@ -154,6 +155,7 @@ class QuantizationResult:
     precision: str
     profile: str
     whole: bool = True
+    trained: bool = False
     details: dict[str, Any] = field(default_factory=dict)
 
 

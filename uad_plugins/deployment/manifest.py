@@ -121,6 +121,7 @@ class BundleManifest(Part):
     model: str = Field(description="Method.")
     categories: list[str] = Field(min_length=1, description="Products the model was trained on.")
     precision: Literal["fp32", "fp16", "int8"]
+    profile: Literal["float", "openvino", "tensorrt"] = Field("float", description="Rules that the quantized graph follows.")
     onnx: str | None = Field(None, description="The model as ONNX: a name in 'files'.")
     openvino: str | None = Field(None, description="The model as OpenVINO IR (.xml; the .bin lies beside it).")
     input: InputSpec

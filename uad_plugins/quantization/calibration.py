@@ -116,7 +116,9 @@ def calibrate(
         "noise": noise,
         "images": counts,
         "skipped": skipped,
-        "images_sha256": hashlib.sha256("\n".join(relative_to(path, table.root) for path in paths).encode()).hexdigest() if paths else None,
+        "images_sha256": hashlib.sha256("\n".join(relative_to(path, table.root) for path in paths).encode()).hexdigest()
+        if paths
+        else None,
         "seed": seed,
         "shape": [1, 3, *image_size],
     }
@@ -135,9 +137,13 @@ def _choose(
         )
     if wanted < len(categories):
         raise UsageError(
-            f"{wanted} calibration images cannot cover {len(categories)} products", f"give --samples of at least {len(categories)}"
+            f"{wanted} calibration images cannot cover {len(categories)} products",
+            f"give --samples of at least {len(categories)}",
         )
-    waiting = {name: np.random.default_rng([seed, number]).permutation(_normal(table, name)).tolist() for number, name in enumerate(categories)}
+    waiting = {
+        name: np.random.default_rng([seed, number]).permutation(_normal(table, name)).tolist()
+        for number, name in enumerate(categories)
+    }
     chosen: list[str] = []
     skipped: list[str] = []
     counts = dict.fromkeys(categories, 0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from anomalib.data.transforms.utils import extract_transforms_by_type
@@ -75,7 +74,8 @@ def preprocessing_of(module: AnomalibModule, size: tuple[int, int]) -> Preproces
     Raises:
         UadxError: The pre-processor does something else, which an exported model could not repeat.
     """
-    mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    mean: tuple[float, ...] = (0.0, 0.0, 0.0)
+    std: tuple[float, ...] = (1.0, 1.0, 1.0)
     transform = getattr(module.pre_processor, "transform", None)
     for normalize in extract_transforms_by_type(transform, Normalize) if transform is not None else []:
         mean, std = tuple(map(float, normalize.mean)), tuple(map(float, normalize.std))
@@ -87,7 +87,7 @@ def preprocessing_of(module: AnomalibModule, size: tuple[int, int]) -> Preproces
             f"the pre-processor of {type(module).__name__} does more than resize and normalise",
             "only models with anomalib's usual pre-processor can be quantized",
         )
-    return Preprocessing(mean, std)
+    return Preprocessing((mean[0], mean[1], mean[2]), (std[0], std[1], std[2]))
 
 
 def build_core(module: AnomalibModule) -> Core:

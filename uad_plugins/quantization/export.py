@@ -33,7 +33,7 @@ def to_onnx(model: nn.Module, size: tuple[int, int]) -> onnx.ModelProto:
         torch.onnx.export(
             model,
             (example,),
-            buffer,
+            buffer,  # type: ignore[arg-type]
             dynamo=False,
             opset_version=OPSET,
             input_names=[INPUT],

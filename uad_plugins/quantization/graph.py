@@ -38,17 +38,15 @@ class Graph:
 
     def convolutions(self) -> list[str]:
         """Return the convolutions of the network: those over more than one channel."""
-        return [
-            name for name, kind in self.kinds.items() if kind in {CONV, TRANSPOSED} and self.channels.get(name, 0) > 1
-        ]
+        return [name for name, kind in self.kinds.items() if kind in {CONV, TRANSPOSED} and self.channels.get(name, 0) > 1]
 
     def before(self, names: Iterable[str]) -> set[str]:
         """Return the nodes from which one of the named can be reached, the named included."""
-        return _reach(names, lambda name: self.inputs[name].values() if name in self.inputs else ())
+        return _reach(names, lambda name: self.inputs.get(name, {}).values())
 
     def after(self, names: Iterable[str]) -> set[str]:
         """Return the nodes that can be reached from one of the named, the named included."""
-        return _reach(names, lambda name: self.outputs[name] if name in self.outputs else ())
+        return _reach(names, lambda name: self.outputs.get(name, ()))
 
     def moving(self) -> set[str]:
         """Return the nodes whose result depends on the network's input."""

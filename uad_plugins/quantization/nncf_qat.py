@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from anomalib import LearningType
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch import nn, optim
 
@@ -54,6 +55,9 @@ class QatModule(LightningModule):
     Attributes:
         held_out_loss: float32 ``(B,)``, the loss of each image of the last validation batch.
     """
+
+    # What anomalib's checkpoint callback asks of a module.
+    learning_type = LearningType.ONE_CLASS
 
     def __init__(
         self, core: nn.Module, student: set[str], scales: set[str], preprocessing: Preprocessing, options: QatOptions
@@ -147,7 +151,8 @@ def quantize(request: QuantizationRequest) -> QuantizationResult:
     save_quantized(core, request.folder / "quantized.ckpt", profile=options.profile)
     files = _export(request, core, options)
     details = {**trained, "overflow_fix": fix, "student_tensors": len(student), "student_scales": len(scales)}
-    return QuantizationResult(files, "int8", options.profile, whole=options.scope == "all", details=details)
+    whole = options.scope == "all"
+    return QuantizationResult(files, "int8", options.profile, whole=whole, trained=True, details=details)
 
 
 def _train(request: QuantizationRequest, module: QatModule) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import onnx
@@ -27,7 +28,7 @@ class OnnxGraph(Graph):
     """
 
     nodes: dict[str, NodeProto] = field(default_factory=dict)
-    arrays: dict[str, NDArray[np.generic]] = field(default_factory=dict)
+    arrays: dict[str, NDArray[Any]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: ModelProto) -> OnnxGraph:
@@ -65,7 +66,7 @@ class OnnxGraph(Graph):
             name = self.inputs[name][0]
         return name
 
-    def weight(self, convolution: str) -> NDArray[np.generic] | None:
+    def weight(self, convolution: str) -> NDArray[Any] | None:
         """Return a convolution's stored weight, int8 or float; None when it is computed."""
         source = self.inputs[convolution].get(1, "")
         return self.arrays.get(self.through(source, {QUANTIZE, DEQUANTIZE, "Identity"}))
@@ -75,7 +76,7 @@ class OnnxGraph(Graph):
         return name in self.nodes and self.nodes[name].op_type == DEQUANTIZE
 
 
-def attribute(node: NodeProto, name: str) -> object:
+def attribute(node: NodeProto, name: str) -> Any:
     """Return the value of a node's attribute; None when it is not set."""
     return next((helper.get_attribute_value(a) for a in node.attribute if a.name == name), None)
 
@@ -130,7 +131,7 @@ def _fold_constants(model: ModelProto) -> None:
             continue
         known = shapes.get(node.input[0]) if node.op_type == "Shape" and node.input else None
         if known is not None and not node.attribute:
-            value: NDArray[np.generic] = np.array(known, dtype=np.int64)
+            value: NDArray[Any] = np.array(known, dtype=np.int64)
         elif all(name in arrays for name in node.input if name):
             (value,) = ReferenceEvaluator(node, opsets=opsets).run(None, {name: arrays[name] for name in node.input if name})
         else:
@@ -160,7 +161,7 @@ def _fold_normalization(model: ModelProto, norm: NodeProto) -> None:
     epsilon = attribute(norm, "epsilon")
     factor = gamma / np.sqrt(variance + (float(epsilon) if isinstance(epsilon, float) else 1e-5))
     axis = 0 if kind == CONV else 1
-    if kind == TRANSPOSED and int(attribute(convolution, "group") or 1) != 1:  # type: ignore[call-overload]
+    if kind == TRANSPOSED and int(attribute(convolution, "group") or 1) != 1:
         return
     if not _scale_weight(model, graph, convolution, factor, axis):
         return
@@ -188,10 +189,10 @@ def _scale_weight(model: ModelProto, graph: OnnxGraph, node: NodeProto, factor: 
     if dequantize is None or dequantize.op_type != DEQUANTIZE or dequantize.input[0] not in graph.nodes:
         return False
     quantize = graph.nodes[dequantize.input[0]]
-    scale, weight = graph.arrays[quantize.input[1]], graph.arrays.get(quantize.input[0])
-    if weight is None or scale.ndim != 1 or len(scale) != len(factor) or quantize.input[1] != dequantize.input[1]:
+    scale, stored = graph.arrays[quantize.input[1]], graph.arrays.get(quantize.input[0])
+    if stored is None or scale.ndim != 1 or len(scale) != len(factor) or quantize.input[1] != dequantize.input[1]:
         return False
-    integers = _integers(weight, scale, shape)
+    integers = _integers(stored, scale, shape)
     if (integers.min() < -127) and bool((factor < 0).any()):
         return False
     folded = np.where(factor == 0, scale, scale * np.abs(factor)).astype(np.float32)
@@ -203,13 +204,13 @@ def _scale_weight(model: ModelProto, graph: OnnxGraph, node: NodeProto, factor: 
     return True
 
 
-def _integers(weight: NDArray[np.generic], scale: NDArray[np.generic], shape: list[int]) -> NDArray[np.float64]:
+def _integers(weight: NDArray[Any], scale: NDArray[Any], shape: list[int]) -> NDArray[np.float64]:
     """Quantize as QuantizeLinear does: to the nearest, halves to even, within int8."""
     return np.clip(np.rint(weight.astype(np.float64) / scale.astype(np.float64).reshape(shape)), -128, 127)
 
 
 def with_int8_weights(model: ModelProto) -> ModelProto:
-    """Store quantized weights as int8: ``DequantizeLinear(int8)`` in the place of ``DequantizeLinear(QuantizeLinear(float))``."""
+    """Store quantized weights as int8, with ``DequantizeLinear`` alone behind them."""
     result = ModelProto()
     result.CopyFrom(model)
     graph = OnnxGraph.of(result)
@@ -251,7 +252,7 @@ def with_float16_weights(model: ModelProto) -> ModelProto:
     return result
 
 
-def set_initializer(model: ModelProto, name: str, values: NDArray[np.generic]) -> None:
+def set_initializer(model: ModelProto, name: str, values: NDArray[Any]) -> None:
     """Add an initializer, or give the one of that name new values."""
     for tensor in model.graph.initializer:
         if tensor.name == name:

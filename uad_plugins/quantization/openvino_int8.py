@@ -72,7 +72,7 @@ def quantize(request: QuantizationRequest) -> QuantizationResult:
     save_openvino(quantized, request.folder / "model.xml")
     done, total = quantized_share(quantized)
     details["convolutions"] = {"all": total, "quantized": done}
-    return QuantizationResult(["model.xml", "model.bin"], "int8", "openvino", options.max_drop is None, details)
+    return QuantizationResult(["model.xml", "model.bin"], "int8", "openvino", whole=options.max_drop is None, details=details)
 
 
 class Guard:
@@ -96,7 +96,8 @@ class Guard:
         self._labels = table.labels[indices].astype(int)
         mean, std = request.calibration.mean, request.calibration.std
         self.images: list[FloatArray] = [
-            normalise(resize_rgb(read_rgb(table.paths[int(index)]), request.image_size)[None], mean, std) for index in indices
+            normalise(resize_rgb(read_rgb(table.paths[int(index)]), request.image_size)[None], mean, std)
+            for index in indices
         ]
         self._expected: list[tuple[float, NDArray[np.float64]]] | None = None
         self.record = {

@@ -17,7 +17,19 @@ KINDS = {
     "Constant": CONSTANT,
     "Parameter": INPUT,
 }
-PASSING = {"MaxPool", "Concat", "Relu", "PRelu", "Slice", "StridedSlice", "Split", "VariadicSplit", "Reshape", "Transpose", "Pad"}
+PASSING = {
+    "MaxPool",
+    "Concat",
+    "Relu",
+    "PRelu",
+    "Slice",
+    "StridedSlice",
+    "Split",
+    "VariadicSplit",
+    "Reshape",
+    "Transpose",
+    "Pad",
+}
 CONSUMERS = {CONV, TRANSPOSED, ADD, "Convert", "FakeQuantize", *PASSING}
 """What may take a quantized activation; anything else would be arithmetic of the map."""
 
@@ -76,7 +88,9 @@ def check(model: Any, *, whole: bool = True) -> dict[str, list[str]]:
     found = {name: rule(graph) for name, rule in RULES.items()}
     found["coverage"] = _coverage(graph, whole)
     found["static shapes"] = [
-        f"{port.get_any_name()}: its shape is not fixed" for port in [*model.inputs, *model.outputs] if port.partial_shape.is_dynamic
+        f"{port.get_any_name()}: its shape is not fixed"
+        for port in [*model.inputs, *model.outputs]
+        if port.partial_shape.is_dynamic
     ]
     return found
 

@@ -22,22 +22,31 @@ class Options(BaseModel):
 class OpenvinoOptions(Options):
     """Options of ``openvino-int8``."""
 
-    bias_correction: Literal["fast", "full"] = Field("fast", description="One pass over the calibration data, or one a layer.")
+    bias_correction: Literal["fast", "full"] = Field(
+        "fast", description="One pass over the calibration data, or one a layer."
+    )
     overflow_fix: Literal["auto", "disable", "first_layer", "enable"] = Field("auto", description=OVERFLOW)
     max_drop: float | None = Field(
         None, gt=0, lt=1, description="Leave layers in float until no category loses more than this; null: quantize all."
     )
-    max_layers: PositiveInt | None = Field(None, description="Most layers left in float (max_drop); null: as many as it takes.")
+    max_layers: PositiveInt | None = Field(
+        None, description="Most layers left in float (max_drop); null: as many as it takes."
+    )
 
 
 class TensorrtOptions(Options):
     """Options of ``tensorrt-int8``."""
 
-    bias_correction: Literal["fast", "full"] = Field("fast", description="One pass over the calibration data, or one a layer.")
-    weights: Literal["float32", "int8"] = Field(
-        "float32", description="How weights are stored: float32 (every TensorRT) or int8 (a quarter of the size, TensorRT 10)."
+    bias_correction: Literal["fast", "full"] = Field(
+        "fast", description="One pass over the calibration data, or one a layer."
     )
-    source: Path | None = Field(None, description="Result of nncf-qat with profile tensorrt to export; null: calibrate the run.")
+    weights: Literal["float32", "int8"] = Field(
+        "float32",
+        description="How weights are stored: float32 (every TensorRT) or int8 (a quarter of the size, TensorRT 10).",
+    )
+    source: Path | None = Field(
+        None, description="Result of nncf-qat with profile tensorrt to export; null: calibrate the run."
+    )
 
 
 class QatOptions(Options):
@@ -47,11 +56,17 @@ class QatOptions(Options):
     lr: PositiveFloat = Field(1e-4, description="Learning rate of the student's weights (Adam) at its highest.")
     scale_lr: PositiveFloat = Field(1e-4, description="Learning rate of the quantizers' scales.")
     weight_decay: float = Field(0.0, ge=0, description="Of the weights; scales have none.")
-    scope: Literal["all", "student"] = Field("all", description="What is quantized: the whole network, or the student alone.")
+    scope: Literal["all", "student"] = Field(
+        "all", description="What is quantized: the whole network, or the student alone."
+    )
     profile: Literal["openvino", "tensorrt"] = Field("openvino", description="Rules that the graph follows.")
-    freeze_batchnorm: bool = Field(True, description="Keep the running statistics of BatchNorm; false lets the student's move.")
+    freeze_batchnorm: bool = Field(
+        True, description="Keep the running statistics of BatchNorm; false lets the student's move."
+    )
     overflow_fix: Literal["auto", "disable", "first_layer", "enable"] = Field("auto", description=OVERFLOW)
-    bias_correction: Literal["fast", "full"] = Field("fast", description="Of the start: one pass over the data, or one a layer.")
+    bias_correction: Literal["fast", "full"] = Field(
+        "fast", description="Of the start: one pass over the data, or one a layer."
+    )
     batch_size: PositiveInt | None = Field(None, description="Images in a batch; null: as in the run.")
     weights: Literal["float32", "int8"] | None = Field(
         None, description="How ONNX weights are stored; null: int8 for openvino, float32 for tensorrt."

@@ -26,7 +26,7 @@ from uad_plugins.quantization.calibration import calibrate
 from uad_plugins.quantization.core import build_core, preprocessing_of
 from uad_plugins.quantization.export import save_onnx, save_openvino, to_onnx, to_openvino
 from uad_plugins.quantization.quiet import quiet_quantizers
-from uad_plugins.quantization.referee import AGAINST_FP32, ENGINES, compare, held_out
+from uad_plugins.quantization.referee import AGAINST_FP32, ENGINES, TRAINED, compare, held_out
 from uad_plugins.quantized import MANIFEST, Quantized, QuantizedManifest
 from uad_plugins.registry import registry
 from uad_plugins.training.quiet import quiet_libraries
@@ -178,17 +178,9 @@ def _table(run: Run, data: str | None) -> SampleTable:
 
 
 def _source(run: Run, data: str | None) -> dict[str, Any]:
-    config, manifest = run.config(), run.manifest()
-    return {
-        "run": str(run.folder.absolute()),
-        "checkpoint_sha256": manifest.checkpoint_sha256 or sha256_of(run.checkpoint),
-        "data": str(Path(data or str(manifest.data.get("root"))).expanduser().absolute()),
-        "layout": config.data.layout if data is None else None,
-        "categories": config.data.categories,
-        "val_fraction": config.data.val_fraction,
-        "seed": config.seed,
-        "target_fpr": config.thresholds.target_fpr,
-    }
+    """Return where the result comes from; the data is where it lies now."""
+    source = run.source()
+    return source if data is None else {**source, "data": str(Path(data).expanduser().absolute()), "layout": None}
 
 
 def _check_folder(station: Quantized, order: Order) -> None:
@@ -260,7 +252,8 @@ def _judge(
     for name, candidate in candidates.items():
         agreement = compare(reference, candidate, judged_on)
         agreements[name] = agreement.as_dict()
-        complaints += [f"{name} against FP32: {line}" for line in agreement.wrong(AGAINST_FP32[result.precision])]
+        limits = TRAINED if result.trained else AGAINST_FP32[result.precision]
+        complaints += [f"{name} against FP32: {line}" for line in agreement.wrong(limits)]
     names = list(candidates)
     for name in names[1:]:
         agreement = compare(candidates[names[0]], candidates[name], judged_on)

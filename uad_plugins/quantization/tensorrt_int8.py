@@ -41,7 +41,10 @@ def _trained(request: QuantizationRequest, folder: Path) -> tuple[nn.Module, boo
     station = Quantized.open(folder)
     manifest = station.manifest()
     if manifest.backend != "nncf-qat" or manifest.profile != TENSORRT:
-        raise UsageError(f"{folder}: is of {manifest.backend} with profile {manifest.profile}", "train it with nncf-qat --set profile=tensorrt")
+        raise UsageError(
+            f"{folder}: is of {manifest.backend} with profile {manifest.profile}",
+            "train it with nncf-qat --set profile=tensorrt",
+        )
     if manifest.source.get("checkpoint_sha256") != request.run.manifest().checkpoint_sha256:
         raise UadxError(f"{folder}: was trained from another run", "give the run that it was quantized from")
     return load_quantized(request.core, folder / "quantized.ckpt"), manifest.options.get("scope") == "all"

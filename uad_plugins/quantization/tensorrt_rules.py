@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from onnx import ModelProto
 
 from uad_plugins.quantization.graph import CONSTANT, CONV, TRANSPOSED
@@ -19,16 +21,82 @@ MAX_OPSET = 17
 """TensorRT 8.5 and 8.6 (JetPack 5 and 6.0) read up to 17."""
 
 OPERATORS = frozenset(
-    """
-    Abs Add AveragePool BatchNormalization Cast Clip Concat Constant ConstantOfShape Conv ConvTranspose DequantizeLinear Div
-    Equal Exp Expand Flatten Gather Gemm GlobalAveragePool GreaterOrEqual Identity LeakyRelu LessOrEqual Log MatMul Max
-    MaxPool Min Mul Neg Not Or Pad Pow QuantizeLinear ReduceL2 ReduceMax ReduceMean ReduceMin ReduceSum Relu Reshape Resize
-    Shape Sigmoid Slice Softmax Split Sqrt Squeeze Sub Sum Tanh Tile Transpose Unsqueeze Upsample Where
-    """.split()
+    {
+        "Abs",
+        "Add",
+        "AveragePool",
+        "BatchNormalization",
+        "Cast",
+        "Clip",
+        "Concat",
+        "Constant",
+        "ConstantOfShape",
+        "Conv",
+        "ConvTranspose",
+        "DequantizeLinear",
+        "Div",
+        "Equal",
+        "Exp",
+        "Expand",
+        "Flatten",
+        "Gather",
+        "Gemm",
+        "GlobalAveragePool",
+        "GreaterOrEqual",
+        "Identity",
+        "LeakyRelu",
+        "LessOrEqual",
+        "Log",
+        "MatMul",
+        "Max",
+        "MaxPool",
+        "Min",
+        "Mul",
+        "Neg",
+        "Not",
+        "Or",
+        "Pad",
+        "Pow",
+        "QuantizeLinear",
+        "ReduceL2",
+        "ReduceMax",
+        "ReduceMean",
+        "ReduceMin",
+        "ReduceSum",
+        "Relu",
+        "Reshape",
+        "Resize",
+        "Shape",
+        "Sigmoid",
+        "Slice",
+        "Softmax",
+        "Split",
+        "Sqrt",
+        "Squeeze",
+        "Sub",
+        "Sum",
+        "Tanh",
+        "Tile",
+        "Transpose",
+        "Unsqueeze",
+        "Upsample",
+        "Where",
+    }
 )
 """Operators that TensorRT 8.5 supports and anomaly detectors use."""
 
-PASSING = {"MaxPool", "Concat", "Relu", "Slice", "Reshape", "Transpose", "Pad", "Identity", "Squeeze", "Unsqueeze", "Flatten"}
+PASSING = {
+    "MaxPool",
+    "Concat",
+    "Relu",
+    "Slice",
+    "Reshape",
+    "Transpose",
+    "Pad",
+    "Squeeze",
+    "Unsqueeze",
+    "Flatten",
+}
 """Operators between a DequantizeLinear and the convolution that it serves: TensorRT moves quantization across them."""
 
 
@@ -123,7 +191,7 @@ def _scales(subject: Subject) -> list[str]:
         scale, data = graph.arrays.get(node.input[1]), graph.arrays.get(node.input[0])
         if scale is None:
             continue
-        if not bool(np.all(np.isfinite(scale)) and np.all(scale > 0)):
+        if not _positive(scale):
             wrong.append(f"{name}: a scale is not above 0")
         axis = attribute(node, "axis")
         place = int(axis) if isinstance(axis, int) else 1
@@ -133,6 +201,10 @@ def _scales(subject: Subject) -> list[str]:
         if point is not None and point.shape != scale.shape:
             wrong.append(f"{name}: scale and zero point differ in shape")
     return wrong
+
+
+def _positive(scale: NDArray[Any]) -> bool:
+    return bool(np.isfinite(scale).all() and (scale > 0).all())
 
 
 def _per_channel(subject: Subject) -> list[str]:
@@ -235,7 +307,5 @@ RULES: dict[str, Callable[[Subject], list[str]]] = {
 }
 """Every rule; what TensorRT wants is all of them."""
 
-OPENVINO = tuple(
-    name for name in RULES if name not in {"opset", "signed", "residual additions", "transposed convolutions"}
-)
+OPENVINO = tuple(name for name in RULES if name not in {"opset", "signed", "residual additions", "transposed convolutions"})
 """Rules that a graph for OpenVINO and ONNX Runtime keeps too."""

@@ -128,7 +128,7 @@ def keep_skip_branch_only(model: nn.Module, graph: TorchGraph) -> None:
 
 
 def one_scale_for_transposed(model: nn.Module, graph: TorchGraph) -> None:
-    """Give the weight of each transposed convolution one scale: per-channel axes of these differ between TensorRT versions."""
+    """Give the weight of each transposed convolution one scale: TensorRT versions differ in the axis of several."""
     storage = get_hook_storage(model)
     for name, hook in hooks(model):
         _, operation, port = decode_hook_name(name)

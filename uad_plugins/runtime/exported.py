@@ -27,12 +27,14 @@ class Facts(Protocol):
         image_size: ``(height, width)`` of its input in pixels.
         mean: Of the RGB channels of images in 0..1.
         std: The same.
+        profile: Rules that a quantized graph follows: ``openvino``, ``tensorrt`` or ``float``.
     """
 
     categories: list[str]
     image_size: tuple[int, int]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    profile: str
 
 
 @dataclass
@@ -43,6 +45,7 @@ class Network:
     image_size: tuple[int, int]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    profile: str
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,8 @@ def find_model(path: Path, formats: tuple[str, ...]) -> Found | None:
         return None
     station.check_files(manifest)
     thresholds = station.thresholds() if station.thresholds_file.is_file() else NO_THRESHOLDS
-    return Found(station.folder / name, manifest, thresholds, False, None, _key(name, {n: f["sha256"] for n, f in manifest.files.items()}))
+    hashes = {file: str(entry["sha256"]) for file, entry in manifest.files.items()}
+    return Found(station.folder / name, manifest, thresholds, False, None, _key(name, hashes))
 
 
 def _of_bundle(bundle: Bundle, formats: tuple[str, ...]) -> Found | None:
@@ -146,7 +150,7 @@ def _of_bundle(bundle: Bundle, formats: tuple[str, ...]) -> Found | None:
     preprocessing = manifest.preprocessing
     return Found(
         bundle.file(name),
-        Network(manifest.categories, manifest.image_size, preprocessing.mean, preprocessing.std),
+        Network(manifest.categories, manifest.image_size, preprocessing.mean, preprocessing.std, manifest.profile),
         bundle.thresholds,
         preprocessing.normalised_by == "graph",
         (manifest.outputs.score, manifest.outputs.map),

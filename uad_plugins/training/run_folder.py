@@ -47,9 +47,7 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UadxError(
-                f"{folder}: another process is writing to it", "wait for it, or name another folder"
-            ) from None
+            raise UadxError(f"{folder}: another process is writing to it", "wait for it, or name another folder") from None
         try:
             yield
         finally:

@@ -47,9 +47,7 @@ def quantize(
     if out is None:
         raise UsageError("no folder to write the quantized model to", "add --out Q")
     options: dict[str, Any] = from_assignments(set_ or [])
-    for name, value in (("max_drop", max_drop), ("epochs", epochs)):
-        if value is not None:
-            options[name] = value
+    options |= {name: value for name, value in (("max_drop", max_drop), ("epochs", epochs)) if value is not None}
     try:
         from uad_plugins.quantization.quantize import Order
         from uad_plugins.quantization.quantize import quantize as run_quantization
@@ -84,7 +82,8 @@ def quantize(
     for kind, size in manifest.size.items():
         say(f"{kind}: {size['before'] / 1e6:.2f} MB -> {size['after'] / 1e6:.2f} MB ({size['ratio']:.2f} of FP32)")
         if not size["small"]:
-            note(f"note: {kind} weights are stored as float: see the option 'weights'" if manifest.precision == "int8" else "")
+            why = "weights are stored as float, see the option 'weights'" if size["ratio"] > 0.5 else "the network is small"
+            note(f"note: {manifest.precision} and yet {size['ratio']:.2f} of FP32: {why}")
     first = next(iter(manifest.agreement.values()))
     say(
         f"{out}: {manifest.precision}, audit passed; maps differ from FP32 by {100 * first['map_l2']:.1f} % "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -11,7 +11,7 @@ from uadx.output import counting, emit_json, note, table
 
 
 def thresholds(
-    run: Annotated[Path, typer.Argument(help="Trained run.", metavar="RUN")],
+    run: Annotated[Path, typer.Argument(help="Trained run, or quantized model.", metavar="RUN")],
     data: Annotated[str, typer.Argument(help="Images to set them from; not the test set you report on.", metavar="DATA")],
     method: Annotated[
         str, typer.Option("--method", help="normal-fpr (good images alone) or best-f1 (labelled).")
@@ -21,23 +21,23 @@ def thresholds(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show them, store nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Set the decision thresholds of a run anew.
+    """Set the decision thresholds of a run or a quantized model anew.
 
     From images that the run has never seen: all of DATA, with normal-fpr those labelled normal. If DATA is what the run was
     trained on, from the images held out from training alone.
     """
-    from uad_plugins.artifacts import Run, write_json
+    from uad_plugins.artifacts import write_json
     from uad_plugins.data.layouts import scan
     from uad_plugins.data.samples import hold_out
     from uad_plugins.detector import open_detector
     from uad_plugins.evaluation.thresholds import check_request, thresholds_from_samples
 
     check_request(method, target_fpr)
-    opened = Run.open(run)
+    trained_on, thresholds_file = _trained_on(run)
     samples, which, kind = scan(data, layout), None, f"of {data}"
-    manifest, config = opened.manifest(), opened.config()
-    if manifest.data.get("root") == str(Path(data).expanduser().absolute()):
-        samples = hold_out(scan(data, layout, config.data.categories), config.data.val_fraction, config.seed)
+    if trained_on["data"] == str(Path(data).expanduser().absolute()):
+        wanted = scan(data, layout or trained_on["layout"], trained_on["categories"])
+        samples = hold_out(wanted, trained_on["val_fraction"], trained_on["seed"])
         which, kind = samples.where(split="val"), "held out from training"
         note("note: the run was trained on this data; the images held out from training are used")
     indices = range(len(samples)) if which is None else which
@@ -52,7 +52,7 @@ def thresholds(
             progress=progress,
         )
     if not dry_run:
-        write_json(opened.thresholds_file, result.as_dict())
+        write_json(thresholds_file, result.as_dict())
     if as_json:
         emit_json(result.as_dict())
         return
@@ -61,3 +61,15 @@ def thresholds(
         for n, t in [*result.categories.items(), ("pooled", result.pooled)]
     ]
     table(["category", "threshold", "how", "normal", "anomalous"], rows)
+
+
+def _trained_on(folder: Path) -> tuple[dict[str, Any], Path]:
+    """Return what a run, or the run that a quantized model came from, was trained on, and the file of its thresholds."""
+    from uad_plugins.artifacts import Run
+    from uad_plugins.quantized import MANIFEST, Quantized
+
+    if (folder / MANIFEST).is_file():
+        station = Quantized.open(folder)
+        return station.manifest().source, station.thresholds_file
+    run = Run.open(folder)
+    return run.source(), run.thresholds_file

@@ -72,7 +72,7 @@ def _positive(word: str) -> int:
 
 def _need_tensorrt() -> None:
     try:
-        import pycuda.driver
+        import pycuda.driver  # noqa: F401
         import tensorrt  # noqa: F401
     except ImportError as error:
         raise RunnerError(f"tensorrt and pycuda are needed on the device: {error}") from None

@@ -29,7 +29,13 @@ class Session:
     """
 
     def __init__(self, engine: Any, bundle: Bundle) -> None:
-        self.lanes = [Lane(engine, bundle) for _ in range(LANES)]
+        self.lanes: list[Lane] = []
+        try:
+            for _ in range(LANES):
+                self.lanes.append(Lane(engine, bundle))
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Give the memory of the device back; must happen while its CUDA context is there."""
@@ -65,9 +71,15 @@ class Lane:
         self._stream = cuda.Stream()
         # Pinned: only then does a copy run beside the kernels.
         self._host = {name: cuda.pagelocked_empty(shape, tensors.dtype(name)) for name, shape in shapes.items()}
-        self._device = {name: cuda.mem_alloc(array.nbytes) for name, array in self._host.items()}
+        self._device: dict[str, Any] = {}
         self._input, self._score, self._map = bundle.input_name, bundle.score_name, bundle.map_name
-        self._execute = tensors.bind(self._context, {name: int(memory) for name, memory in self._device.items()})
+        try:
+            for name, array in self._host.items():
+                self._device[name] = cuda.mem_alloc(array.nbytes)
+            self._execute = tensors.bind(self._context, {name: int(memory) for name, memory in self._device.items()})
+        except BaseException:
+            self._free()
+            raise
 
     def submit(self, fill: Fill) -> None:
         """Start an image; returns before it is done. The one before must have been fetched.
@@ -95,11 +107,14 @@ class Lane:
     def close(self) -> None:
         """Wait for what is under way and free the device's memory."""
         self._stream.synchronize()
+        # TensorRT's context must go while there is a CUDA context.
+        del self._execute, self._context
+        self._free()
+
+    def _free(self) -> None:
         for memory in self._device.values():
             memory.free()
-        # TensorRT's context and the pinned memory must go while there is a CUDA context.
         self._device, self._host = {}, {}
-        del self._context, self._execute
 
 
 class _Tensors:

@@ -38,6 +38,7 @@ class FakeDriver(ModuleType):
 
     def pagelocked_empty(self, shape: Any, dtype: Any, order: str = "C", mem_flags: int = 0) -> Any:
         self._need_context()
+        assert len(shape) > 0, "pycuda makes no arrays without dimensions"
         self.log.append(("pin", 0))
         array = np.full(shape, np.nan, dtype, order)
         self.pinned.append(array.ctypes.data)

@@ -92,6 +92,13 @@ def test_what_is_no_bundle_is_refused(tmp_path):
         read_bundle(tmp_path / "b.zip")
 
 
+def test_a_category_without_a_threshold_of_its_own_has_the_pooled_one(tmp_path):
+    bundle = read_bundle(write_bundle(tmp_path, categories=["bolt", "gear"]))
+    assert [bundle.threshold(category) for category in ("bolt", "gear", "nut")] == [-1.0, 0.5, None]
+    with pytest.raises(RunnerError, match="category 'wheel' is not in this bundle; it knows: bolt, gear, nut"):
+        bundle.threshold("wheel")
+
+
 def test_keys_that_the_runner_does_not_know_do_not_matter(tmp_path):
     assert read_bundle(write_bundle(tmp_path, precision="int8", metrics={})).height == 6
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from PIL import Image
 
 from uad_plugins.imaging import read_rgb
 
+ROOT = Path(__file__).parents[1]
 VERSIONS = ["8.6", "10.3", "10.14", "11.4"]
 WEAKLY_TYPED = VERSIONS[:-1]
 TENSOR_FUNCTIONS = (
@@ -415,6 +417,13 @@ def test_the_tensor_functions_are_preferred(tmp_path, photos, version):
     assert not [name for name, _ in device.trt.calls if "binding" in name or name.endswith("_v2")]
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1, 1)])
+def test_a_score_may_have_any_number_of_dimensions(tmp_path, photos, shape):
+    device = Device("10.3", write_bundle(tmp_path / "bundle"), tensors={**TENSORS, "score": shape})
+    (row,) = device.run("predict", str(photos[5])).rows
+    assert row["score"] == pytest.approx(expected_score(125), rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
@@ -493,8 +502,28 @@ def test_the_engine_can_lie_elsewhere(device, tmp_path):
     assert not (device.bundle / "engine").exists()
 
 
+def test_a_reader_that_goes_away_is_no_error(tmp_path):
+    bundle = write_bundle(tmp_path / "bundle")
+    script = (
+        "import sys, time\nfrom pathlib import Path\nfrom jetson_device import PACKAGE, Device\n"
+        f"device = Device('10.3', Path({str(bundle)!r}))\nsys.stdin.read()\n"
+        "with device.installed():\n"
+        "    from uad_plugins.deployment.jetson.uadx_jetson.commands import main\n"
+        f"    sys.exit(main(['predict', '--bundle', {str(bundle)!r}, 'missing.png']))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [Path(__file__).parent, ROOT]))}
+    pipes = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
+    with subprocess.Popen([sys.executable, "-c", script], env=environment, **pipes) as process:
+        process.stdout.close()
+        process.stdin.close()
+        complaint = process.stderr.read().decode()
+    assert process.returncode == 141
+    assert "Traceback" not in complaint
+    assert "BrokenPipe" not in complaint
+
+
 def test_the_copied_files_run_alone_and_say_what_is_missing(tmp_path):
-    source = Path(__file__).parents[1] / "uad_plugins" / "deployment" / "jetson"
+    source = ROOT / "uad_plugins" / "deployment" / "jetson"
     bundle = write_bundle(tmp_path / "bundle")
     shutil.copy(source / "runner.py", bundle)
     shutil.copytree(source / "uadx_jetson", bundle / "uadx_jetson", ignore=shutil.ignore_patterns("__pycache__"))

@@ -10,6 +10,7 @@ The keys read here, of which the bundle may have more::
                       "resize": "bilinear", "antialias": true, "color": "RGB"}
     "thresholds": {"pooled": {"value": 1.5},                    a number, or null where none was set
                    "categories": {"bolt": {"value": 1.25}}}
+    "categories": ["bolt", "nut"]                               may be missing: then those with a threshold
     "files": {"model.onnx": {"sha256": "...", "bytes": 123}}    by path below the bundle, with "/"
 """
 
@@ -44,7 +45,7 @@ class Bundle:
         score_name: Output with one number, higher is more anomalous.
         map_name: Output whose last two dimensions are the anomaly map.
         pooled: Threshold for images whose category is not known; None where none was set.
-        thresholds: Threshold of each category.
+        thresholds: Threshold of each category; the pooled one where it has none of its own.
     """
 
     folder: Path
@@ -135,7 +136,8 @@ def _parsed(folder: Path, manifest: Mapping[str, Any], hashes: Mapping[str, str]
     onnx = manifest["onnx"]
     if onnx not in hashes:
         raise ValueError(f"'{onnx}' is not among its files")
-    thresholds = manifest["thresholds"]
+    pooled = _threshold(manifest["thresholds"]["pooled"])
+    own = {name: _threshold(entry) for name, entry in manifest["thresholds"]["categories"].items()}
     return Bundle(
         folder=folder,
         onnx=folder / onnx,
@@ -147,8 +149,8 @@ def _parsed(folder: Path, manifest: Mapping[str, Any], hashes: Mapping[str, str]
         std=std,
         score_name=str(manifest["outputs"]["score"]),
         map_name=str(manifest["outputs"]["map"]),
-        pooled=_threshold(thresholds["pooled"]),
-        thresholds={name: _threshold(entry) for name, entry in thresholds["categories"].items()},
+        pooled=pooled,
+        thresholds={**dict.fromkeys(manifest.get("categories", ()), pooled), **own},
     )
 
 

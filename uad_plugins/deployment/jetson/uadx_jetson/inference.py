@@ -69,8 +69,8 @@ class Lane:
         if self._context is None:
             raise RunnerError("TensorRT could not make an execution context; is the device's memory full?")
         self._stream = cuda.Stream()
-        # Pinned: only then does a copy run beside the kernels.
-        self._host = {name: cuda.pagelocked_empty(shape, tensors.dtype(name)) for name, shape in shapes.items()}
+        # Pinned: only then does a copy run beside the kernels. pycuda makes no arrays without dimensions.
+        self._host = {name: cuda.pagelocked_empty(shape or (1,), tensors.dtype(name)) for name, shape in shapes.items()}
         self._device: dict[str, Any] = {}
         self._input, self._score, self._map = bundle.input_name, bundle.score_name, bundle.map_name
         try:

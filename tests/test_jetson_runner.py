@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -331,6 +332,50 @@ def test_scores_come_in_order_with_threshold_and_verdict(device, photos):
     assert {(row["threshold"], row["category"], row["map"], row["error"]) for row in done.rows} == {(0.5, None, None, None)}
 
 
+def test_a_score_at_its_threshold_is_normal_and_above_it_anomalous(tmp_path, photos):
+    device = Device("10.3", write_bundle(tmp_path / "bundle"))
+    (row,) = device.run("predict", str(photos[7])).rows
+    categories = {"at": {"value": row["score"]}, "below": {"value": float(np.nextafter(row["score"], -np.inf))}}
+    write_bundle(device.bundle, thresholds={"pooled": {"value": 0.0}, "categories": categories})
+    judged = [device.run("predict", str(photos[7]), "--category", name).rows[0]["verdict"] for name in categories]
+    assert judged == ["normal", "anomalous"]
+
+
+@contextlib.contextmanager
+def opened(device):
+    """Yield a session on the device and its bundle, and the module that predicts."""
+    with device.installed():
+        from uad_plugins.deployment.jetson.uadx_jetson import engines, inference, prediction
+        from uad_plugins.deployment.jetson.uadx_jetson.bundle import read_bundle
+        from uad_plugins.deployment.jetson.uadx_jetson.devices import gpu
+
+        bundle, files = read_bundle(device.bundle), engines.EngineFiles(device.bundle / "engine")
+        with gpu() as found:
+            engines.ensure_engine(bundle, files, found, lambda message: None)
+            with inference.Session(engines.load_engine(files), bundle) as session:
+                yield session, bundle, prediction
+
+
+def test_what_was_fetched_stays_when_the_next_image_comes(device):
+    with opened(device) as (session, _, _):
+        lane = session.lanes[0]
+        lane.submit(lambda target: target.fill(1))
+        score, anomaly_map = lane.fetch()
+        lane.submit(lambda target: target.fill(9))
+        assert lane.fetch()[0] == 9
+    assert score == 1
+    np.testing.assert_array_equal(anomaly_map, 1 + np.arange(12).reshape(3, 4))
+    assert anomaly_map.dtype == np.float32
+
+
+def test_a_bad_file_is_told_before_the_images_behind_it_are_run(device, photos):
+    with opened(device) as (session, bundle, prediction):
+        rows = prediction.predict(session, bundle, ["missing.png", *map(str, photos)])
+        assert next(rows)["error"] == "no such file"
+        assert ("execute", 0) not in device.cuda.log
+        assert len(list(rows)) == 10
+
+
 @pytest.mark.parametrize(("category", "verdict"), [("bolt", "anomalous"), ("nut", "no threshold")])
 def test_a_category_has_its_own_threshold(tmp_path, photos, category, verdict):
     device = Device("10.3", write_bundle(tmp_path / "bundle"))
@@ -512,7 +557,7 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path):
         f"    sys.exit(main(['predict', '--bundle', {str(bundle)!r}, 'missing.png']))\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [Path(__file__).parent, ROOT]))}
-    pipes = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     with subprocess.Popen([sys.executable, "-c", script], env=environment, **pipes) as process:
         process.stdout.close()
         process.stdin.close()

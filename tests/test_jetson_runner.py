@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from jetson_device import HEAD, NETWORK, SIZE, TENSORS, Device, Layer, write_bundle
+from jetson_device import HEAD, NETWORK, PACKAGE, SIZE, TENSORS, Device, Layer, write_bundle
 from PIL import Image
 
 from uad_plugins.imaging import read_rgb
@@ -345,12 +346,10 @@ def test_a_score_at_its_threshold_is_normal_and_above_it_anomalous(tmp_path, pho
 def opened(device):
     """Yield a session on the device and its bundle, and the module that predicts."""
     with device.installed():
-        from uad_plugins.deployment.jetson.uadx_jetson import engines, inference, prediction
-        from uad_plugins.deployment.jetson.uadx_jetson.bundle import read_bundle
-        from uad_plugins.deployment.jetson.uadx_jetson.devices import gpu
-
-        bundle, files = read_bundle(device.bundle), engines.EngineFiles(device.bundle / "engine")
-        with gpu() as found:
+        names = ("bundle", "devices", "engines", "inference", "prediction")
+        reading, devices, engines, inference, prediction = (importlib.import_module(f"{PACKAGE}.{name}") for name in names)
+        bundle, files = reading.read_bundle(device.bundle), engines.EngineFiles(device.bundle / "engine")
+        with devices.gpu() as found:
             engines.ensure_engine(bundle, files, found, lambda message: None)
             with inference.Session(engines.load_engine(files), bundle) as session:
                 yield session, bundle, prediction

@@ -152,6 +152,15 @@ def test_the_surface_files_are_what_the_real_bindings_say(tmp_path, version):
     assert done.returncode == 0, done.stderr
 
 
+def test_without_a_compiler_or_a_package_the_bindings_are_not_to_be_had(tmp_path, monkeypatch):
+    monkeypatch.setitem(collect.PACKAGES, "8.6", "no such requirement")
+    with pytest.raises(collect.UnavailableError, match="no such requirement cannot be fetched"):
+        collect.fetch("8.6", tmp_path)
+    monkeypatch.setattr(collect.shutil, "which", lambda name: None)
+    with pytest.raises(collect.UnavailableError, match="no C compiler"):
+        collect.fetch("8.6", tmp_path)
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 def test_the_surface_files_are_written_as_the_script_writes_them(version):
     assert collect.compact(read_surface(version)) == (Path(collect.__file__).parent / f"{version}.json").read_text()

@@ -85,7 +85,10 @@ class Detector:
         item = decode(cast(str, image), self.image_size)
         if item.pixels is None:
             raise ImageError(f"{image}: {item.error}" if isinstance(image, (str, os.PathLike)) else item.error)
-        scores, maps = self._detector.infer_by_category(item.pixels[None], [category])
+        if self._detector.by_category:
+            scores, maps = self._detector.infer_by_category(item.pixels[None], [category])
+        else:
+            scores, maps = self._detector.infer(item.pixels[None])
         return self._result(float(scores[0]), maps[0], item.size, "", category)
 
     def stream(self, images: Iterable[ImageSource], category: str | None = None) -> Iterator[Result]:

@@ -180,7 +180,7 @@ def open_detector(folder: str | Path, engine: str | None = None) -> Detector:
     """Open a run, a quantized model or a bundle.
 
     Args:
-        folder: The station's folder.
+        folder: The station's folder, or the file of a zipped bundle.
         engine: Name of a runtime plugin; None takes the first that knows this kind of folder.
 
     Raises:
@@ -192,11 +192,16 @@ def open_detector(folder: str | Path, engine: str | None = None) -> Detector:
         raise UadxError(f"{folder}: no such file or folder", "give the folder that 'uadx train --out' wrote")
     runtimes = [registry().get("runtime", engine)] if engine else registry().items("runtime")
     answers: list[str] = []
+    missing: list[str] = []
     for runtime in sorted(runtimes, key=lambda item: -item.priority):
         try:
             detector: Detector | None = runtime.open(folder)
         except UadxError:
             raise
+        except ModuleNotFoundError as error:
+            answers.append(f"{runtime.name}: {error}")
+            missing += [item.install for item in runtime.requires if item.module == (error.name or "").partition(".")[0]]
+            continue
         except Exception as error:
             # An engine may be foreign code: the others must still be asked.
             answers.append(f"{runtime.name}: {type(error).__name__}: {error}")
@@ -204,4 +209,7 @@ def open_detector(folder: str | Path, engine: str | None = None) -> Detector:
         if detector is not None:
             return detector
         answers.append(runtime.name)
+    if missing:
+        which = f"the engine '{engine}'" if engine else "an engine for it"
+        raise UadxError(f"{folder}: {which} is not installed", " or ".join(dict.fromkeys(missing)))
     raise UadxError(f"{folder}: not a run, a quantized model or a bundle", f"engines asked: {', '.join(answers)}")

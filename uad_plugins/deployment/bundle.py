@@ -227,13 +227,9 @@ def _members(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]
         # Python strips what follows a zero byte, and turns a backslash on Windows: the name as it is stored decides.
         stored = info.orig_filename
         if stored != MANIFEST and complaint(stored):
-            raise UadxError(
-                f"{path}: '{stored}' {complaint(stored)}", DISTRUST
-            )
+            raise UadxError(f"{path}: '{stored}' {complaint(stored)}", DISTRUST)
         if stat.S_IFMT(mode) not in {0, stat.S_IFREG}:
-            raise UadxError(
-                f"{path}: '{name}' is a link or a device", DISTRUST
-            )
+            raise UadxError(f"{path}: '{name}' is a link or a device", DISTRUST)
         if name in found:
             raise UadxError(f"{path}: '{name}' is in it twice", DISTRUST)
         if info.flag_bits & 1:

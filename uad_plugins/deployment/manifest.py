@@ -63,9 +63,7 @@ class PreprocessingSpec(Part):
     antialias: Literal[True] = Field(True, description="Scaling down averages over all source pixels (as Pillow does).")
     mean: tuple[float, float, float] = Field(description="Of the channels of pixels in 0..1, subtracted.")
     std: tuple[float, float, float] = Field(description="Of the same, divides after that.")
-    normalised_by: Literal["graph", "caller"] = Field(
-        description="Who does that: the model file or its user."
-    )
+    normalised_by: Literal["graph", "caller"] = Field(description="Who does that: the model file or its user.")
 
 
 class ThresholdValue(Part):
@@ -131,9 +129,7 @@ class BundleManifest(Part):
     thresholds: ThresholdSet
     calibration: dict[str, Any] = Field(default_factory=dict, description="What INT8 was calibrated on; empty for floats.")
     metrics: dict[str, Any] = Field(default_factory=dict, description="What was measured before it was packaged.")
-    weights: dict[str, Any] = Field(
-        default_factory=dict, description="Of the backbone: origin and licence."
-    )
+    weights: dict[str, Any] = Field(default_factory=dict, description="Of the backbone: origin and licence.")
     source: dict[str, Any] = Field(default_factory=dict, description="The run or quantized model it was made from.")
     checks: dict[str, list[str]] = Field(default_factory=dict, description="What the target's rules found, by rule.")
     details: dict[str, Any] = Field(default_factory=dict, description="What else the target has to say.")

@@ -43,9 +43,13 @@ def _triton(request: PackagingRequest) -> PackagingResult:
 def uadx_register_targets() -> list[TargetPlugin]:
     """Return the targets for devices and for servers."""
     return [
-        TargetPlugin("openvino-cpu", "Intel and ARM CPUs: OpenVINO IR that takes 8-bit images", _openvino_cpu, NoOptions, OPENVINO),
+        TargetPlugin(
+            "openvino-cpu", "Intel and ARM CPUs: OpenVINO IR that takes 8-bit images", _openvino_cpu, NoOptions, OPENVINO
+        ),
         TargetPlugin("onnx", "ONNX Runtime, and whatever else reads ONNX", _onnx, NoOptions, ONNX),
-        TargetPlugin("tensorrt-jetson", "NVIDIA Jetson: ONNX and a runner that builds the engine", _tensorrt_jetson, NoOptions, ONNX),
+        TargetPlugin(
+            "tensorrt-jetson", "NVIDIA Jetson: ONNX and a runner that builds the engine", _tensorrt_jetson, NoOptions, ONNX
+        ),
         TargetPlugin("ovms", "OpenVINO Model Server: its model repository", _ovms, OvmsOptions, OPENVINO),
         TargetPlugin("triton", "NVIDIA Triton: its model repository", _triton, TritonOptions, ONNX),
     ]

@@ -27,7 +27,8 @@ OVMS_KEYS: dict[str, type | tuple[type, ...]] = {
 """Keys of a model in OpenVINO Model Server's ``config.json`` (its parameters page), with the type of their value."""
 
 TRITON_TYPES = frozenset(
-    f"TYPE_{name}" for name in "BOOL UINT8 UINT16 UINT32 UINT64 INT8 INT16 INT32 INT64 FP16 FP32 FP64 STRING BF16".split()
+    {"TYPE_BOOL", "TYPE_STRING", "TYPE_FP16", "TYPE_BF16", "TYPE_FP32", "TYPE_FP64"}
+    | {f"TYPE_{sign}INT{bits}" for sign in ("", "U") for bits in (8, 16, 32, 64)}
 )
 TRITON_KINDS = frozenset({"KIND_AUTO", "KIND_GPU", "KIND_CPU", "KIND_MODEL"})
 TRITON_FILES = {"onnxruntime": "model.onnx", "openvino": "model.xml"}
@@ -38,7 +39,8 @@ OVMS_USAGE = """For OpenVINO Model Server, with this folder mounted as `/bundle`
 ovms --config_path /bundle/models/config.json --port 9000 --rest_port 8000
 ```
 
-Clients send `{input}`, uint8 [1, {height}, {width}, 3]: RGB, resized bilinearly with antialiasing; they get `{score}` and `{map}`."""
+Clients send `{input}`, uint8 [1, {height}, {width}, 3]: RGB, resized bilinearly with antialiasing. They get `{score}` and
+`{map}`."""
 
 TRITON_USAGE = """For NVIDIA Triton, with this folder mounted as `/bundle`:
 

@@ -30,16 +30,14 @@ python3 runner.py predict IMAGES --category CATEGORY --out MAPS
 python3 runner.py benchmark
 ```
 
-TensorRT builds its engine there. No engine had been built on a device when this version of uadx was published: the file obeys
-TensorRT's rules, and its numbers are those of ONNX Runtime."""
+TensorRT builds its engine there. No engine had been built on a device when this version of uadx was published: the file
+obeys TensorRT's rules, and its numbers are those of ONNX Runtime."""
 
 
 def openvino_cpu(request: PackagingRequest) -> PackagingResult:
     """Write ``model.xml`` that takes 8-bit pixels."""
     name, outputs = write_ir(request, request.folder / "model.xml")
-    return PackagingResult(
-        name, outputs, openvino="model.xml", pixels=True, usage=PREDICT.format(extra="openvino-runtime")
-    )
+    return PackagingResult(name, outputs, openvino="model.xml", pixels=True, usage=PREDICT.format(extra="openvino-runtime"))
 
 
 def onnx(request: PackagingRequest) -> PackagingResult:

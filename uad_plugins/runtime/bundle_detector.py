@@ -48,7 +48,7 @@ class Detector:
 
     Args:
         bundle: Folder or ``.zip`` file; it is verified first.
-        engine: ``openvino``, ``onnxruntime``, ``tensorrt``, or the name of a plugin's; None takes the best that is installed.
+        engine: ``openvino``, ``onnxruntime``, ``tensorrt``, or a plugin's; None takes the best that is installed.
 
     Attributes:
         categories: Products it was trained on.

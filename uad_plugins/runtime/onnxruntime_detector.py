@@ -53,7 +53,5 @@ class OnnxRuntimeDetector(ExportedDetector):
 
     def run(self, image: RgbImage) -> tuple[float, FloatArray]:
         """Run the model; see ``ExportedDetector.run``."""
-        score, anomaly_map = self._session.run(
-            self._outputs, {self._input: normalise(image[None], self.mean, self.std)}
-        )
+        score, anomaly_map = self._session.run(self._outputs, {self._input: normalise(image[None], self.mean, self.std)})
         return float(np.reshape(score, ())), np.asarray(anomaly_map, np.float32).reshape(self.image_size)

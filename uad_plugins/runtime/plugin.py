@@ -41,9 +41,20 @@ def _open_onnxruntime(path: Path) -> Detector | None:
     return OnnxRuntimeDetector(found.path, found.facts, found.thresholds, str(path), outputs=found.outputs)
 
 
+def _open_tensorrt(path: Path) -> Detector | None:
+    from uad_plugins.deployment.bundle import Bundle, is_bundle
+
+    bundle = Bundle.open(path) if is_bundle(path) else None
+    if bundle is None or bundle.manifest.target != "tensorrt-jetson":
+        return None
+    from uad_plugins.runtime.tensorrt_detector import TensorRtDetector
+
+    return TensorRtDetector(bundle)
+
+
 @hookimpl
 def uadx_register_runtimes() -> list[RuntimePlugin]:
-    """Return OpenVINO and ONNX Runtime."""
+    """Return TensorRT, OpenVINO and ONNX Runtime."""
     return [
         RuntimePlugin(
             name="openvino",
@@ -57,5 +68,15 @@ def uadx_register_runtimes() -> list[RuntimePlugin]:
             summary="runs bundles and quantized models with ONNX Runtime",
             open=_open_onnxruntime,
             requires=(Requirement("onnxruntime", "pip install 'uadx[onnx-runtime]'"),),
+        ),
+        RuntimePlugin(
+            name="tensorrt",
+            summary="runs bundles for Jetson on an NVIDIA GPU",
+            open=_open_tensorrt,
+            requires=(
+                Requirement("tensorrt", "pip install 'uadx[tensorrt]'"),
+                Requirement("pycuda", "pip install 'uadx[tensorrt]'"),
+            ),
+            priority=2,
         ),
     ]

@@ -212,4 +212,6 @@ def open_detector(folder: str | Path, engine: str | None = None) -> Detector:
     if missing:
         which = f"the engine '{engine}'" if engine else "an engine for it"
         raise UadxError(f"{folder}: {which} is not installed", " or ".join(dict.fromkeys(missing)))
+    if engine:
+        raise UadxError(f"{folder}: the engine '{engine}' does not run it", "leave --engine out: the one that does is found")
     raise UadxError(f"{folder}: not a run, a quantized model or a bundle", f"engines asked: {', '.join(answers)}")

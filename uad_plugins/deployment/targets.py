@@ -109,7 +109,7 @@ def write_ir(request: PackagingRequest, path: Path) -> tuple[str, tuple[str, str
     """
     import openvino
 
-    from uad_plugins.runtime.pixels import with_pixels
+    from uad_plugins.runtime.graph import prepare
 
     if request.profile == "tensorrt":
         raise UadxError(
@@ -117,7 +117,7 @@ def write_ir(request: PackagingRequest, path: Path) -> tuple[str, tuple[str, str
             "quantize with --backend openvino-int8 or nncf-qat, or take --target onnx",
         )
     source = request.models.get("openvino") or model_of(request, "onnx")
-    model = with_pixels(openvino.Core().read_model(source), request.mean, request.std)
+    model = prepare(openvino.Core().read_model(source), request.mean, request.std)
     path.parent.mkdir(parents=True, exist_ok=True)
     # What is stored as FP16 or INT8 already stays so.
     openvino.save_model(model, path, compress_to_fp16=False)

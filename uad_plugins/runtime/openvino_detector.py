@@ -18,7 +18,7 @@ from uad_plugins.errors import reason_of
 from uad_plugins.evaluation.thresholds import Thresholds
 from uad_plugins.imaging import RgbImage
 from uad_plugins.runtime.exported import ExportedDetector, Facts, FloatArray
-from uad_plugins.runtime.pixels import with_pixels
+from uad_plugins.runtime.graph import prepare
 
 LATENCY, THROUGHPUT = "LATENCY", "THROUGHPUT"
 
@@ -67,7 +67,7 @@ class OpenVinoDetector(ExportedDetector):
         super().__init__(path, facts, thresholds, name)
         self._core = openvino.Core()
         model = checked(path, self._core.read_model)
-        self._model = model if pixels else with_pixels(model, self.mean, self.std)
+        self._model = model if pixels else prepare(model, self.mean, self.std)
         self._outputs, self._threads, self._key, self._profile = outputs, threads, key, facts.profile
         self._single: _Request | None = None
         self._compiled: Any = None

@@ -1,4 +1,4 @@
-"""What is done to an OpenVINO model before it runs on a CPU: rewrites of the graph that keep its results. No torch in here."""
+"""What is done to an OpenVINO model before it runs on a CPU: rewrites that keep its results. No torch in here."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def prepare(model: Any, mean: tuple[float, ...], std: tuple[float, ...]) -> Any:
 def multiply_instead_of_resizing(model: Any) -> int:
     """Replace the bilinear enlargement of single-channel maps by two matrix products, and return how many were replaced.
 
-    Bilinear resizing is linear in rows and in columns: ``A @ map @ B`` with constant matrices. The same arithmetic, summed in
-    another order: results agree to the last bits of float32. OpenVINO's resizing of one channel is not vectorised over it and
-    took 13 % of an INT8 network's time on the CPU it was measured on, the products 1 %.
+    Bilinear resizing is linear in rows and in columns: ``A @ map @ B`` with constant matrices. It is the same arithmetic,
+    summed in another order: results agree to the last bits of float32. OpenVINO's own resizing of a single channel took
+    1.5 ms of 12 in an INT8 network at 256 pixels on the CPU it was measured on, the products take 0.15.
 
     Args:
         model: ``openvino.Model``. It is changed.

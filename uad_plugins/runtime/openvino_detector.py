@@ -6,6 +6,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ class OpenVinoDetector(ExportedDetector):
         with ThreadPoolExecutor(max_workers=readers) as pool:
 
             def read_ahead() -> None:
-                while len(waiting) < max(batch_size, 1) and (path := next(remaining, None)) is not None:
+                for path in islice(remaining, max(batch_size, 1) - len(waiting)):
                     waiting.append((path, pool.submit(decode, path, self.image_size)))
 
             def decoded() -> Iterator[tuple[str, Decoded]]:

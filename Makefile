@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 
 .PHONY: quickstart test test-slow lint docs bench clean
 
-quickstart: $(VENV)/.train
+quickstart: $(VENV)/.all
 	$(BIN)/uadx quickstart --overwrite
 
 test: $(VENV)/.dev
@@ -27,15 +27,15 @@ docs: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/train_speed.py
 
-$(VENV)/.train: pyproject.toml constraints.txt
+$(VENV)/.all: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) -e ".[train]"
+	$(PIP) -e ".[all]"
 	touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) -e ".[all,dev]"
-	touch $@ $(VENV)/.train
+	touch $@ $(VENV)/.all
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache

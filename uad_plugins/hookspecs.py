@@ -120,7 +120,6 @@ class QuantizationRequest:
         folder: Where to write the model's files. What a backend needs to continue may be kept below ``work``.
         seed: Of everything random.
         resume: Continue what a killed call has begun.
-        given: Names of the options that were set explicitly.
     """
 
     run: Run
@@ -134,7 +133,6 @@ class QuantizationRequest:
     folder: Path
     seed: int = 0
     resume: bool = False
-    given: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

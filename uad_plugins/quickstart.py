@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from uad_plugins.detector import open_detector
 from uad_plugins.errors import UadxError
 from uad_plugins.evaluation.evaluate import Evaluation, evaluate
 from uad_plugins.evaluation.report import write_report
+from uad_plugins.quantized import QuantizedManifest
 from uad_plugins.training.train import train
 
 MARK = ".uadx-quickstart"
@@ -24,13 +26,14 @@ MARK = ".uadx-quickstart"
 
 @dataclass(frozen=True)
 class Quickstart:
-    """Where everything was written, and what was measured."""
+    """Where everything was written, and what was measured; ``int8`` is None without OpenVINO and NNCF."""
 
     data: Path
     run: Path
     report: Path
     evaluation: Evaluation
     seconds: dict[str, float]
+    int8: QuantizedManifest | None = None
 
 
 def run_quickstart(
@@ -76,12 +79,16 @@ def run_quickstart(
         yield
         seconds[name] = time.monotonic() - started
 
-    data, run = out / "data", out / "run"
-    with step("synthesize", "1/3  drawing three products: good parts to learn from, good and defective ones to test on"):
+    data, run, int8 = out / "data", out / "run", None
+    quantizing = all(importlib.util.find_spec(name) is not None for name in ("openvino", "nncf", "onnx", "onnxruntime"))
+    steps = 4 if quantizing else 3
+    with step(
+        "synthesize", f"1/{steps}  drawing three products: good parts to learn from, good and defective ones to test on"
+    ):
         synthesize(data, side=256, train=60, test=24, seed=0)
-    with step("train", "2/3  training one model on all three, from images of good parts only"):
+    with step("train", f"2/{steps}  training one model on all three, from images of good parts only"):
         train(config, data, run)
-    with step("evaluate", "3/3  testing it on parts it has never seen"):
+    with step("evaluate", f"3/{steps}  testing it on parts it has never seen"):
         with open_detector(run) as detector:
             result = evaluate(detector, scan(data), out=out / "evaluation", all_maps=True, examples=6)
         facts = {
@@ -89,5 +96,16 @@ def run_quickstart(
             "data": "three synthetic products",
             "input": f"{config.data.size[0]} px",
         }
-        report = write_report(result, out / "report.html", title="uadx quickstart", facts=facts)
-    return Quickstart(data, run, report, result, seconds)
+    if quantizing:
+        from uad_plugins.quantization.quantize import Order, quantize
+
+        with step("quantize", f"4/{steps}  quantizing it to INT8, tested beside FP32"):
+            int8 = quantize(Order(run, out / "int8", "openvino-int8", samples=60, data=str(data)))
+    report = write_report(
+        result,
+        out / "report.html",
+        title="uadx quickstart",
+        facts=facts,
+        beside=int8.auroc if int8 is not None else None,
+    )
+    return Quickstart(data, run, report, result, seconds, int8)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,14 @@ figcaption { color: #5b6875; font-size: .8rem; overflow-wrap: anywhere; }
 """
 
 
-def write_report(evaluation: Evaluation, path: Path, *, title: str, facts: dict[str, str]) -> Path:
+def write_report(
+    evaluation: Evaluation,
+    path: Path,
+    *,
+    title: str,
+    facts: dict[str, str],
+    beside: Mapping[str, Any] | None = None,
+) -> Path:
     """Write the page.
 
     Args:
@@ -46,8 +54,9 @@ def write_report(evaluation: Evaluation, path: Path, *, title: str, facts: dict[
         path: HTML file.
         title: Heading.
         facts: What was trained on what, shown under the heading.
+        beside: AUROC of FP32 and a quantized model by category, as ``QuantizedManifest.auroc`` has it.
     """
-    write_text(path, _page(evaluation, title, facts))
+    write_text(path, _page(evaluation, title, facts, beside))
     return path
 
 
@@ -56,7 +65,7 @@ def figure(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
-def _page(evaluation: Evaluation, title: str, facts: dict[str, str]) -> str:
+def _page(evaluation: Evaluation, title: str, facts: dict[str, str], beside: Mapping[str, Any] | None) -> str:
     note = " · ".join(f"{html.escape(key)}: {html.escape(value)}" for key, value in facts.items())
     parts = [
         "<!doctype html>",
@@ -68,6 +77,7 @@ def _page(evaluation: Evaluation, title: str, facts: dict[str, str]) -> str:
         "</div><h2>Decisions with the stored thresholds</h2><div class='scroll'>",
         _decisions_table(evaluation.report),
         "</div>",
+        _beside_table(beside or {}),
         _mistakes(evaluation),
         _pictures(evaluation),
         "</body></html>",
@@ -93,6 +103,19 @@ def _metrics_row(name: str, values: dict[str, Any], kind: str) -> str:
         cells.append(f"<td>{figure(value)}{bar if metric == 'image_auroc' else ''}</td>")
     counts = f"{values['normal']} / {values['anomalous']}" if "normal" in values else ""
     return f"<tr class='{kind}'><td>{html.escape(name)}</td>{''.join(cells)}<td>{counts}</td></tr>"
+
+
+def _beside_table(beside: Mapping[str, Any]) -> str:
+    rows = [
+        f"<tr><td>{html.escape(name)}</td><td>{HEADINGS[metric]}</td><td>{figure(values['fp32'])}</td>"
+        f"<td>{figure(values['quantized'])}</td><td>{values['drop']:+.4f}</td></tr>"
+        for name, metrics in beside.items()
+        for metric, values in metrics.items()
+    ]
+    if not rows:
+        return ""
+    heading = "<tr><th>category</th><th></th><th>FP32</th><th>INT8</th><th>drop</th></tr>"
+    return f"<h2>FP32 beside INT8</h2><div class='scroll'><table>{heading}{''.join(rows)}</table></div>"
 
 
 def _decisions_table(report: dict[str, Any]) -> str:

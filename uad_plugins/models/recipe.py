@@ -55,8 +55,8 @@ class DistillationRecipe:
     def distil(network: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Compare student and teacher.
 
-        The submodules of the network are called exactly as its own ``forward`` calls them, and all that is needed besides
-        lies in the network: quantization-aware training wraps the network and calls this inside its own ``forward``.
+        All that is needed lies in the network, and the map is the one that its ``forward`` gives: this is what is quantized,
+        trained on and deployed, called inside the ``forward`` of ``uad_plugins.quantization.core.Core``.
 
         Args:
             network: ``self.model``, or a quantized copy of it.

@@ -17,8 +17,9 @@ from uad_plugins.models.recipe import DistillationRecipe
 class Core(nn.Module):
     """A trained network that takes a normalised tensor and returns a plain tuple.
 
-    In evaluation it returns the score and the map of each image. In training it returns their loss and map, by
-    ``DistillationRecipe.distil``: NNCF's quantizers act only inside the ``forward`` of the module that was quantized.
+    In evaluation it returns the score and the map of each image, in training the loss and the map. A distillation method is
+    called by ``DistillationRecipe.distil`` in both: NNCF knows an operation by the modules that were called around it, and
+    quantizers placed in one way of calling are not met in another.
 
     Args:
         module: Trained anomalib module. Its network is used, not copied.
@@ -37,12 +38,18 @@ class Core(nn.Module):
 
         Returns:
             Scores (in training: losses) float32 ``(N,)``, and anomaly maps float32 ``(N, H, W)``.
+
+        Raises:
+            UadxError: In training, of a method without ``distil``.
         """
-        if self.training:
-            if self.distil is None:
-                raise UadxError("this method has no loss for each image", "train it with a distillation method for QAT")
+        if self.distil is not None:
             losses, anomaly_map = self.distil(self.network, images)
-            return losses, anomaly_map.flatten(0, 1)
+            anomaly_map = anomaly_map.flatten(0, 1)
+            return losses if self.training else anomaly_map.amax(dim=(-2, -1)), anomaly_map
+        if self.training:
+            raise UadxError(
+                "this method has no loss for each image", "quantization-aware training takes distillation methods"
+            )
         output = self.network(images)
         anomaly_map = output.anomaly_map
         if anomaly_map.ndim == 4:
@@ -90,10 +97,29 @@ def preprocessing_of(module: AnomalibModule, size: tuple[int, int]) -> Preproces
     return Preprocessing((mean[0], mean[1], mean[2]), (std[0], std[1], std[2]))
 
 
-def build_core(module: AnomalibModule) -> Core:
-    """Return the core of a trained module, on the CPU, in evaluation, in the usual memory layout."""
-    core = Core(module.cpu().eval())
-    return core.to(memory_format=torch.contiguous_format).eval()
+def build_core(module: AnomalibModule, size: tuple[int, int]) -> Core:
+    """Return the core of a trained module, on the CPU, in evaluation, in the usual memory layout.
+
+    Args:
+        module: Trained module.
+        size: ``(height, width)`` of its input.
+
+    Raises:
+        UadxError: ``distil`` gives other maps or scores than the network itself.
+    """
+    core = Core(module.cpu().eval()).to(memory_format=torch.contiguous_format).eval()
+    images = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        score, anomaly_map = core(images)
+        output = core.network(images)
+    same = torch.allclose(anomaly_map.flatten(), output.anomaly_map.flatten(), rtol=1e-3, atol=1e-5)
+    if output.pred_score is not None:
+        same = same and torch.allclose(score, output.pred_score.reshape(-1), rtol=1e-3, atol=1e-5)
+    if not same:
+        raise UadxError(
+            f"{type(module).__name__}: 'distil' and the network's own forward disagree", "they have to give the same map"
+        )
+    return core
 
 
 def student_parameters(module: AnomalibModule) -> set[str]:

@@ -245,7 +245,8 @@ def _trainer(options: QatOptions) -> Mapping[str, Any]:
 
 def _fresh(request: QuantizationRequest) -> nn.Module:
     """Return the float network of the run anew."""
-    return build_core(model_plugin(request.config.model.name).load(request.run.checkpoint, request.config))
+    module = model_plugin(request.config.model.name).load(request.run.checkpoint, request.config)
+    return build_core(module, request.image_size)
 
 
 def _inner(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -90,7 +90,9 @@ def plain(model: ModelProto) -> ModelProto:
     result.CopyFrom(model)
     _fold_identities(result)
     _constants_to_initializers(result)
-    _fold_constants(result)
+    while _fold_constants(result):
+        # A shape that is known now may make another one known.
+        pass
     for node in list(result.graph.node):
         if node.op_type == "BatchNormalization":
             _fold_normalization(result, node)
@@ -120,8 +122,13 @@ def _constants_to_initializers(model: ModelProto) -> None:
             model.graph.node.remove(node)
 
 
-def _fold_constants(model: ModelProto) -> None:
-    """Compute what does not depend on the image: shapes, and arithmetic on them. Quantizers stay."""
+def _fold_constants(model: ModelProto) -> bool:
+    """Compute what does not depend on the image: shapes, and arithmetic on them. Quantizers stay.
+
+    Returns:
+        Whether there was anything.
+    """
+    before = len(model.graph.node)
     inferred = shape_inference.infer_shapes(model, data_prop=True)
     shapes = {value.name: static_shape(value) for value in [*inferred.graph.value_info, *inferred.graph.input]}
     arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
@@ -139,6 +146,7 @@ def _fold_constants(model: ModelProto) -> None:
         arrays[node.output[0]] = np.asarray(value)
         set_initializer(model, node.output[0], np.asarray(value))
         model.graph.node.remove(node)
+    return len(model.graph.node) < before
 
 
 def static_shape(value: onnx.ValueInfoProto) -> list[int] | None:

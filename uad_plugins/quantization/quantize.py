@@ -130,7 +130,7 @@ def quantize(order: Order, tell: Callable[[str], None] = lambda _: None) -> Quan
                 run=run,
                 config=config,
                 module=module,
-                core=build_core(module),
+                core=build_core(module, reference.image_size),
                 image_size=reference.image_size,
                 calibration=calibration,
                 table=table,
@@ -138,7 +138,6 @@ def quantize(order: Order, tell: Callable[[str], None] = lambda _: None) -> Quan
                 folder=station.folder,
                 seed=order.seed,
                 resume=order.resume,
-                given=frozenset(order.options or {}),
             )
             result = plugin.quantize(request)
         tell("auditing the result, and comparing it with FP32 on held-out images")
@@ -311,7 +310,7 @@ def _sizes(request: QuantizationRequest, manifest: QuantizedManifest) -> dict[st
     work.mkdir(exist_ok=True)
     with quiet_quantizers():
         module = model_plugin(request.config.model.name).load(request.run.checkpoint, request.config)
-        path = save_onnx(to_onnx(build_core(module), request.image_size), work / "float.onnx")
+        path = save_onnx(to_onnx(build_core(module, request.image_size), request.image_size), work / "float.onnx")
         before = {"onnx": path.stat().st_size}
         if "model.xml" in manifest.files:
             xml = save_openvino(to_openvino(path), work / "float.xml")

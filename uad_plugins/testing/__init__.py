@@ -9,7 +9,7 @@
         files = ("bolt/2026-01-05/ok/1.png", "bolt/2026-01-06/ok/1.png", "bolt/2026-01-06/nok/1.png")
 
 ``plugin`` is a registered name or the description itself. Needs pytest, which nothing else in the package does;
-``ModelConformance`` alone needs torch and anomalib.
+``ModelConformance`` and ``QuantizerConformance`` alone need torch and anomalib.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ pytest.register_assert_rewrite(
     "uad_plugins.testing.common",
     "uad_plugins.testing.layouts",
     "uad_plugins.testing.models",
+    "uad_plugins.testing.quantizers",
     "uad_plugins.testing.runtimes",
     "uad_plugins.testing.targets",
 )
@@ -34,8 +35,16 @@ from uad_plugins.testing.targets import TargetConformance  # noqa: E402
 
 if TYPE_CHECKING:
     from uad_plugins.testing.models import ModelConformance
+    from uad_plugins.testing.quantizers import QuantizerConformance
 
-__all__ = ["Conformance", "LayoutConformance", "ModelConformance", "RuntimeConformance", "TargetConformance"]
+__all__ = [
+    "Conformance",
+    "LayoutConformance",
+    "ModelConformance",
+    "QuantizerConformance",
+    "RuntimeConformance",
+    "TargetConformance",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -44,4 +53,8 @@ def __getattr__(name: str) -> Any:
         from uad_plugins.testing.models import ModelConformance
 
         return ModelConformance
+    if name == "QuantizerConformance":
+        from uad_plugins.testing.quantizers import QuantizerConformance
+
+        return QuantizerConformance
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -27,10 +27,15 @@ def quickstart(
     result = run_quickstart(out, overwrite=overwrite, epochs=epochs, side=image_size, tell=note)
     report = result.evaluation.report
     if as_json:
-        emit_json({"out": str(out), "report": str(result.report), "seconds": result.seconds, **report})
+        int8 = result.int8.model_dump(mode="json", by_alias=True) if result.int8 is not None else None
+        emit_json({"out": str(out), "report": str(result.report), "seconds": result.seconds, **report, "int8": int8})
         return
     rows = [[n, *(figure(v[m]) for m in HEADINGS)] for n, v in [*report["categories"].items(), ("mean", report["mean"])]]
     table(["product", *HEADINGS.values()], rows)
+    if result.int8 is not None and result.int8.auroc is not None:
+        mean = result.int8.auroc["mean"]["image_auroc"]
+        ratio = result.int8.size["openvino"]["ratio"]
+        say(f"INT8       mean image AUROC {mean['quantized']:.3f} (FP32 {mean['fp32']:.3f}), {ratio:.2f} of the size")
     say(f"report     {result.report}")
     say(f"heat maps  {out / 'evaluation' / 'maps'}")
     say(f"run        {result.run}")
@@ -39,4 +44,5 @@ def quickstart(
     say("  uadx data check DATA")
     say("  uadx train DATA --config stfpm_short --weights bundled --image-size 128 --epochs 30 --out RUN")
     say("  uadx evaluate RUN DATA --out EVALUATION")
+    say("  uadx quantize RUN --data DATA --out INT8")
     say("  uadx predict RUN IMAGES --category CATEGORY --out MAPS")

@@ -1,0 +1,108 @@
+"""Calibration data: balanced, seeded, recorded; noise that means the same with and without normalisation in the graph."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from networks import MEAN, STD, calibration, core
+
+from uad_plugins.data.layouts import scan
+from uad_plugins.data.samples import hold_out
+from uad_plugins.errors import UadxError
+from uad_plugins.quantization.calibration import SOURCES, calibrate
+from uad_plugins.quantization.export import save_onnx, to_onnx, to_openvino
+from uad_plugins.quantization.quiet import quiet_quantizers
+
+
+@pytest.fixture
+def table(products):
+    return hold_out(scan(products), 0.1, 0)
+
+
+def test_calibration_images_are_balanced_and_never_test_or_held_out(table):
+    chosen = calibration(table, samples=12)
+    rows = {sample.path: sample for sample in table}
+    assert {rows[path].split for path in chosen.paths} == {"train"}
+    assert {rows[path].label for path in chosen.paths} == {0}
+    assert chosen.record["images"] == dict.fromkeys(table.categories, 4)
+    assert chosen.paths == calibration(table, samples=12).paths
+    assert chosen.paths != calibration(table, samples=12, seed=1).paths
+    assert chosen.record["images_sha256"] != calibration(table, samples=12, seed=1).record["images_sha256"]
+
+
+def test_too_few_images_are_all_used_and_recorded(table):
+    chosen = calibration(table, samples=1000)
+    assert len(chosen) == chosen.record["samples"] == len(table.where(split="train", label=0))
+    assert chosen.record["asked"] == 1000
+
+
+def test_a_missing_category_is_named(table):
+    with pytest.raises(UadxError, match="no normal training image of gear"):
+        calibrate("dataset", 9, table, [*table.categories, "gear"], image_size=(64, 64), mean=MEAN, std=STD)
+    noisy = calibrate("random-normal", 9, table, [*table.categories, "gear"], image_size=(64, 64), mean=MEAN, std=STD)
+    assert len(noisy) == 9
+
+
+def test_an_unreadable_image_is_left_out(products, tmp_path):
+    data = shutil.copytree(products, tmp_path / "data")
+    table = hold_out(scan(data), 0.1, 0)
+    broken = calibration(table, samples=3).paths[0]
+    Path(broken).write_bytes(b"not an image")
+    chosen = calibration(table, samples=3)
+    assert broken not in chosen.paths
+    assert chosen.record["skipped"] == [broken]
+    assert len(chosen) == 3
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("size", [(64, 64), (32, 96)])
+def test_samples_are_made_anew_and_alike(table, source, size):
+    chosen = calibration(table, source, samples=8, size=size)
+    assert len(chosen) == 8
+    first, again = [chosen[i] for i in range(8)], list(chosen)
+    assert all(item.shape == (1, 3, *size) and item.dtype == np.float32 for item in first)
+    assert all(np.array_equal(one, other) for one, other in zip(first, again, strict=True))
+    with pytest.raises(IndexError):
+        chosen[8]
+
+
+def test_noise_is_standard_normal(table):
+    values = np.concatenate([item.ravel() for item in calibration(table, "random-normal", samples=20)])
+    assert abs(values.mean()) < 0.01
+    assert abs(values.std() - 1) < 0.01
+
+
+def test_noise_means_the_same_with_the_normalisation_in_the_graph(table, tmp_path):
+    """Ranges of all shared quantizers are equal; feeding noise as if it were an image would give others."""
+    import nncf
+    import openvino
+    from openvino.preprocess import PrePostProcessor
+
+    with quiet_quantizers():
+        path = save_onnx(to_onnx(core("stfpm"), (64, 64)), tmp_path / "model.onnx")
+        bare = to_openvino(path)
+        steps = PrePostProcessor(to_openvino(path))
+        steps.input().preprocess().mean([m for m in MEAN]).scale([s for s in STD])
+        steps.input().model().set_layout(openvino.Layout("NCHW"))
+        whole = steps.build()
+        chosen = calibration(table, "random-normal", samples=4)
+        ranges = []
+        for model, items in (
+            (bare, list(chosen)),
+            (whole, [chosen.in_image_space(i) for i in range(4)]),
+            (whole, list(chosen)),
+        ):
+            found = nncf.quantize(model, nncf.Dataset(items), subset_size=4)
+            ranges.append(
+                {
+                    node.get_friendly_name(): float(node.input_value(2).get_node().data.max())
+                    for node in found.get_ops()
+                    if node.get_type_name() == "FakeQuantize" and node.input_value(2).get_node().data.size == 1
+                }
+            )
+    shared = sorted(set(ranges[0]) & set(ranges[1]) & set(ranges[2]))
+    assert len(shared) > 20
+    expected, same, other = ([each[name] for name in shared] for each in ranges)
+    np.testing.assert_allclose(same, expected, rtol=1e-4)
+    assert not np.allclose(other, expected, rtol=1e-2)

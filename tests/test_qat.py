@@ -1,0 +1,194 @@
+"""Quantization-aware training: scales are trained, the teacher is not; a killed training goes on where it was."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from networks import core, module, noise, quantized, students
+
+from uad_plugins.errors import UadxError, UsageError
+from uad_plugins.quantization.core import Preprocessing
+from uad_plugins.quantization.nncf_qat import QatModule
+from uad_plugins.quantization.options import QatOptions
+from uad_plugins.quantization.quantize import Order, quantize
+from uad_plugins.quantization.scope import TorchGraph
+from uad_plugins.quantization.torch_quantization import student_scales
+from uad_plugins.quantized import Quantized
+from uad_plugins.training.checkpointing import AtomicCheckpointIO
+
+FAST = {"accelerator": "cpu", "epochs": 3}
+
+
+@pytest.fixture(scope="session")
+def run(products, tmp_path_factory):
+    from runs import small_run
+
+    out = tmp_path_factory.mktemp("qat") / "run"
+    small_run(products, out, {"model": {"layers": ["layer1"]}})
+    return out
+
+
+@pytest.fixture(scope="session")
+def unbroken(run, tmp_path_factory):
+    out = tmp_path_factory.mktemp("unbroken") / "q"
+    return out, quantize(Order(run, out, "nncf-qat", samples=6, options=FAST))
+
+
+def trainable(method, **options):
+    """A module to train, and the names of its student's scales."""
+    from copy import deepcopy
+
+    model = deepcopy(quantized(method, "openvino"))
+    scales = student_scales(model, TorchGraph.of(core(method), noise(1)[0]), students(method))
+    preprocessing = Preprocessing((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    return QatModule(model, students(method), scales, preprocessing, QatOptions(**options)), scales
+
+
+@pytest.mark.parametrize("method", ["stfpm", "reverse_distillation", "patches"])
+@pytest.mark.parametrize("freeze", [True, False])
+def test_a_step_moves_the_student_and_its_scales_and_nothing_else(method, freeze):
+    model, scales = trainable(method, freeze_batchnorm=freeze, lr=1e-2, scale_lr=1e-2)
+    # Each once: a shared scale has several names in the state dict.
+    watched = {**dict(model.core.named_parameters()), **dict(model.core.named_buffers())}
+    before = {name: value.detach().clone() for name, value in watched.items()}
+    model.trainer = type("Trainer", (), {"estimated_stepping_batches": 10})()
+    optimizer = model.configure_optimizers()["optimizer"]
+    weights, of_scales = optimizer.param_groups
+    assert len(of_scales["params"]) == len(scales)
+    assert of_scales["weight_decay"] == 0.0
+    assert len(weights["params"]) == len(students(method))
+    model.losses(torch.cat(noise(2, seed=9)), training=True).mean().backward()
+    optimizer.step()
+    moved = {name for name in before if not torch.equal(before[name], watched[name])}
+    assert moved & scales
+    statistics = {name for name in moved if "running_" in name or "num_batches" in name}
+    assert moved - statistics <= students(method) | scales
+    assert bool(statistics) == (not freeze and method != "patches")
+    assert not any("teacher" in name or "encoder" in name or "old" in name for name in moved - scales)
+
+
+@pytest.mark.parametrize("method", ["stfpm", "reverse_distillation", "patches"])
+def test_the_held_out_loss_is_the_training_loss(method):
+    model, _ = trainable(method)
+    images = torch.cat(noise(2, seed=9))
+    step = model.training_step(SimpleNamespace(image=images))
+    model.validation_step(SimpleNamespace(image=images))
+    assert model.held_out_loss.shape == (2,)
+    assert float(model.held_out_loss.detach().mean()) == pytest.approx(float(step.detach()), rel=1e-4)
+
+
+def test_the_loss_is_that_of_the_method():
+    """With the quantizers switched off it is the method's own, image by image."""
+    model, _ = trainable("stfpm")
+    for quantizer in model.core.modules():
+        if hasattr(quantizer, "disable_quantization"):
+            quantizer.disable_quantization()
+    images = torch.cat(noise(2, seed=9))
+    expected, _ = type(module("stfpm")).distil(module("stfpm").model, images)
+    # But for the biases, which calibration has corrected.
+    assert torch.allclose(model.losses(images, training=False), expected, rtol=1e-3)
+
+
+def test_the_best_epoch_is_kept_and_better_than_calibration(unbroken):
+    out, manifest = unbroken
+    facts = manifest.details
+    assert facts["epochs"] == 3
+    assert facts["samples_seen"] == 3 * 27
+    assert facts["held_out_loss"] < facts["held_out_loss_calibrated"]
+    assert facts["best_epoch"] in (1, 2, 3)
+    assert set(manifest.files) == {"model.onnx", "model.xml", "model.bin"}
+    assert (out / "quantized.ckpt").is_file()
+    assert not (out / "work").exists()
+    assert not any(cases for rules in manifest.audit.values() for cases in rules.values())
+    assert len(manifest.agreement) == 5
+
+
+class Killed(BaseException):
+    """Stands for the process going away: nothing of ours catches it."""
+
+
+@pytest.mark.parametrize("write", [1, 3, 4])
+def test_killed_while_a_checkpoint_is_written(run, unbroken, tmp_path, monkeypatch, write):
+    count = 0
+    whole = AtomicCheckpointIO.save_checkpoint
+
+    def cut(self, checkpoint, path, storage_options=None):
+        nonlocal count
+        count += 1
+        if count == write:
+            raise Killed
+        whole(self, checkpoint, path, storage_options)
+
+    order = Order(run, tmp_path / "q", "nncf-qat", samples=6, options=FAST)
+    with monkeypatch.context() as patched:
+        patched.setattr(AtomicCheckpointIO, "save_checkpoint", cut)
+        with pytest.raises(Killed):
+            quantize(order)
+    with pytest.raises(UadxError, match="holds an unfinished one"):
+        quantize(order)
+    other = Order(run, tmp_path / "q", "nncf-qat", samples=6, options={**FAST, "lr": 0.5}, resume=True)
+    with pytest.raises(UsageError, match="keeps its settings: options"):
+        quantize(other)
+    manifest = quantize(Order(run, tmp_path / "q", "nncf-qat", samples=6, options=FAST, resume=True))
+    _, expected = unbroken
+    assert manifest.details["samples_seen"] == expected.details["samples_seen"]
+    assert manifest.details["held_out_loss"] == pytest.approx(expected.details["held_out_loss"], rel=1e-4)
+    assert manifest.details["best_epoch"] == expected.details["best_epoch"]
+
+
+def test_a_result_for_tensorrt_is_exported_by_its_backend(run, tmp_path):
+    options = {**FAST, "epochs": 1, "profile": "tensorrt"}
+    trained = quantize(Order(run, tmp_path / "qat", "nncf-qat", samples=6, options=options))
+    assert trained.profile == "tensorrt"
+    chosen = {"source": str(tmp_path / "qat"), "weights": "int8"}
+    manifest = quantize(Order(run, tmp_path / "trt", "tensorrt-int8", samples=6, options=chosen))
+    assert manifest.profile == "tensorrt"
+    assert manifest.agreement["onnxruntime model.onnx"]["map_l2"] == pytest.approx(
+        trained.agreement["onnxruntime model.onnx"]["map_l2"], rel=1e-3
+    )
+    with pytest.raises(UsageError, match="with profile tensorrt"):
+        quantize(Order(run, tmp_path / "x", "tensorrt-int8", options={"source": str(tmp_path / "trt")}))
+
+
+def test_scope_student_is_trained_and_exported(run, tmp_path):
+    options = {**FAST, "epochs": 1, "scope": "student"}
+    manifest = quantize(Order(run, tmp_path / "q", "nncf-qat", samples=6, options=options))
+    # The teacher's weights stay float: half of the network.
+    assert 0.5 < manifest.size["onnx"]["ratio"] < 0.75
+
+
+def test_a_method_without_a_student_is_refused(products, tmp_path):
+    from runs import small_run
+
+    model = {"name": "anomalib:Padim", "layers": ["layer1"], "options": {"n_features": 16}}
+    small_run(products, tmp_path / "run", {"model": model, "trainer": {"max_epochs": 1}})
+    with pytest.raises(UsageError, match="cannot be quantized by nncf-qat"):
+        quantize(Order(tmp_path / "run", tmp_path / "q", "nncf-qat"))
+
+
+@pytest.mark.slow
+def test_sigkill_at_any_moment(run, tmp_path):
+    """A real process, killed for real; then the same command with --resume."""
+    out = tmp_path / "q"
+    command = [sys.executable, "-m", "uadx", "quantize", str(run), "--backend", "nncf-qat", "--samples", "6"]
+    command += ["--epochs", "40", "--set", "accelerator=cpu", "--out", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 180
+    while not (out / "work" / "last.ckpt").exists():
+        assert process.poll() is None, process.stderr.read().decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stderr.close()
+    assert Quantized(out).manifest().status == "quantizing"
+    done = subprocess.run([*command, "--resume"], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert Quantized.open(out).manifest().details["samples_seen"] == 40 * 27

@@ -1,0 +1,369 @@
+"""The verb: from a run to a quantized model, judged, and read by later verbs like a run."""
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from networks import MEAN, STD, calibration, core, noise, quantized
+from runs import small_run
+from typer.testing import CliRunner
+from uadx.app import app
+
+from uad_plugins.artifacts import Run, read_json, write_json
+from uad_plugins.config import model_plugin
+from uad_plugins.data.layouts import scan
+from uad_plugins.data.samples import Sample, SampleTable, hold_out
+from uad_plugins.detector import open_detector
+from uad_plugins.errors import UadxError, UsageError
+from uad_plugins.hookspecs import QuantizationResult, QuantizerPlugin
+from uad_plugins.imaging import read_rgb, resize_rgb
+from uad_plugins.quantization.calibration import SOURCES
+from uad_plugins.quantization.export import save_onnx, to_onnx
+from uad_plugins.quantization.openvino_int8 import chosen_fix
+from uad_plugins.quantization.options import OpenvinoOptions
+from uad_plugins.quantization.quantize import Order, quantize
+from uad_plugins.quantization.referee import Limits, compare, rank_correlation
+from uad_plugins.quantization.torch_quantization import load_quantized, save_quantized
+from uad_plugins.quantized import Quantized
+from uad_plugins.runtime.exported import normalise
+from uad_plugins.testing.common import registered
+
+
+@pytest.fixture(scope="session")
+def small(products, tmp_path_factory):
+    """A run of STFPM on two layers."""
+    out = tmp_path_factory.mktemp("small") / "run"
+    small_run(products, out, {"model": {"layers": ["layer1", "layer2"]}})
+    return out
+
+
+@pytest.fixture(scope="session")
+def restored(products, tmp_path_factory):
+    """A run of Reverse Distillation."""
+    out = tmp_path_factory.mktemp("restored") / "run"
+    over = {
+        "model": {"name": "reverse_distillation"},
+        "optimizer": {"name": "adam", "lr": 5e-3},
+        "trainer": {"max_epochs": 3},
+    }
+    small_run(products, out, over)
+    return out
+
+
+@pytest.fixture(scope="session")
+def int8(small, products, tmp_path_factory):
+    """It in INT8 for OpenVINO, measured on the labelled test split. Not to be changed."""
+    out = tmp_path_factory.mktemp("int8") / "q"
+    manifest = quantize(Order(small, out, "openvino-int8", samples=9, data=str(products)))
+    return out, manifest
+
+
+@pytest.fixture
+def table(products):
+    return hold_out(scan(products), 0.1, 0)
+
+
+def command(*words):
+    return CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=True)
+
+
+def test_the_manifest_says_everything(int8, small):
+    out, manifest = int8
+    stored = json.loads((out / "quantized.json").read_text())
+    assert stored["schema"] == "uadx.quantized/1"
+    assert stored["status"] == "finished"
+    assert stored["precision"] == "int8"
+    assert stored["profile"] == "openvino"
+    assert stored["calibration"]["images"] == {"connector": 3, "fabric": 3, "washer": 3}
+    assert stored["source"]["checkpoint_sha256"] == Run(small).manifest().checkpoint_sha256
+    assert set(stored["files"]) == {"model.xml", "model.bin"}
+    assert {path.name for path in out.iterdir()} == {*stored["files"], "quantized.json", "thresholds.json"}
+    assert not any(stored["audit"]["model.xml"].values())
+    assert set(stored["auroc"]) == {"connector", "fabric", "washer", "mean"}
+    for values in stored["auroc"].values():
+        assert values["image_auroc"]["drop"] == pytest.approx(
+            values["image_auroc"]["fp32"] - values["image_auroc"]["quantized"]
+        )
+    assert stored["size"]["openvino"]["ratio"] < 0.3
+    assert stored["details"]["convolutions"]["all"] == stored["details"]["convolutions"]["quantized"] == 20
+    assert "nncf" in stored["versions"]
+    assert manifest.agreement["openvino model.xml"]["map_rank"] > 0.9
+
+
+def test_later_verbs_read_it_like_a_run(int8, products, tmp_path):
+    out, manifest = int8
+    shutil.copytree(out, tmp_path / "q")
+    done = command("evaluate", tmp_path / "q", products, "--json")
+    assert done.exit_code == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["detector"]["engine"] == "openvino"
+    assert report["mean"]["image_auroc"] == pytest.approx(manifest.auroc["mean"]["image_auroc"]["quantized"])
+    done = command("predict", tmp_path / "q", products / "washer" / "test" / "good", "--json", "--category", "washer")
+    assert done.exit_code == 0, done.stderr
+    before = read_json(tmp_path / "q" / "thresholds.json")
+    write_json(tmp_path / "q" / "thresholds.json", {**before, "source": "changed"})
+    done = command("thresholds", tmp_path / "q", products)
+    assert done.exit_code == 0, done.stderr
+    assert read_json(tmp_path / "q" / "thresholds.json") == before
+
+
+@pytest.mark.parametrize("backend", ["fp32", "fp16", "tensorrt-int8"])
+def test_onnx_runs_in_both_engines(backend, small, products, tmp_path):
+    manifest = quantize(Order(small, tmp_path / "q", backend, samples=6))
+    assert manifest.status == "finished"
+    images = np.stack([resize_rgb(read_rgb(path), (64, 64)) for path in scan(products).paths][:2])
+    with (
+        open_detector(small) as run,
+        open_detector(tmp_path / "q", "onnxruntime") as one,
+        open_detector(tmp_path / "q", "openvino") as two,
+    ):
+        expected, (scores, maps), (others, other_maps) = run.infer(images)[1], one.infer(images), two.infer(images)
+    assert scores.shape == others.shape == (2,)
+    tolerance = {"fp32": 1e-4, "fp16": 0.01, "tensorrt-int8": 0.2}[backend]
+    assert np.linalg.norm(maps - expected) / np.linalg.norm(expected) < tolerance
+    assert np.linalg.norm(other_maps - maps) / np.linalg.norm(maps) < 0.03
+    assert manifest.size["onnx"]["ratio"] == pytest.approx(0.5 if backend == "fp16" else 1.0, abs=0.03)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_every_calibration_works(source, small, tmp_path):
+    options = {"weights": "int8"} if source == "mixed" else {}
+    backend = "tensorrt-int8" if source == "mixed" else "openvino-int8"
+    manifest = quantize(Order(small, tmp_path / "q", backend, calibration=source, samples=8, options=options))
+    assert manifest.calibration["source"] == source
+    assert manifest.calibration["noise"] == {"dataset": 0, "random-normal": 8, "mixed": 4}[source]
+    assert next(iter(manifest.agreement.values()))["map_rank"] > 0.8
+
+
+def test_reverse_distillation_does_not_collapse(restored, products, tmp_path):
+    """The published study saw its AUROC fall from .95 to .50 in INT8."""
+    for backend, source in (("openvino-int8", "dataset"), ("openvino-int8", "random-normal"), ("tensorrt-int8", "dataset")):
+        out = tmp_path / f"{backend}-{source}"
+        manifest = quantize(Order(restored, out, backend, calibration=source, samples=12, data=str(products)))
+        for agreement in manifest.agreement.values():
+            assert agreement["map_l2"] < 0.15
+            assert agreement["map_rank"] > 0.9
+        assert manifest.auroc["mean"]["pixel_auroc"]["drop"] < 0.03
+        if backend == "openvino-int8":
+            assert manifest.size["openvino"]["ratio"] <= 0.27
+
+
+def test_accuracy_control_without_labels(small, tmp_path):
+    """Layers may stay in float, and the result says how many."""
+    options = {"max_drop": 0.001, "max_layers": 2}
+    manifest = quantize(Order(small, tmp_path / "q", "openvino-int8", samples=6, options=options))
+    assert manifest.details["guard"].startswith("rank correlation")
+    assert manifest.details["convolutions"]["quantized"] <= manifest.details["convolutions"]["all"]
+
+
+def test_accuracy_control_guards_each_category(table):
+    from types import SimpleNamespace
+
+    from uad_plugins.quantization.openvino_int8 import Guard
+
+    samples = [Sample(s.path, s.category, s.label, "val" if s.split == "test" else s.split, s.mask, s.defect) for s in table]
+    labelled = SampleTable(samples, table.root)
+    data = calibration(labelled)
+    seen = []
+
+    def counts(image):
+        # The first model that is asked is the one to compare with: right about every image.
+        seen.append(image)
+        return [np.array([float(labelled.labels[labelled.where(split="val")[len(seen) - 1]])]), np.zeros((1, 64, 64))]
+
+    guard = Guard(SimpleNamespace(table=labelled, image_size=(64, 64), calibration=data), counts)
+    assert guard.labelled
+    assert guard.record["guard"] == "image AUROC of each category"
+    truth = {id(image): label for image, label in zip(guard.images, guard._labels, strict=True)}
+    category = dict(zip(map(id, guard.images), guard._names, strict=True))
+
+    def perfect(image):
+        return [np.array([float(truth[id(image)])]), np.zeros((1, 64, 64))]
+
+    def blind_to_washers(image):
+        return perfect(image) if category[id(image)] != "washer" else [np.array([0.0]), np.zeros((1, 64, 64))]
+
+    assert guard.measure(perfect, guard.images) == (1.0, None)
+    # Over all categories the AUROC is still good: the worst one decides.
+    assert guard.measure(blind_to_washers, guard.images)[0] == pytest.approx(0.5)
+
+
+def test_a_broken_result_is_rejected(small, tmp_path):
+    """A backend that quantizes the head: exit status 1, what to try, and nothing that later verbs would open."""
+
+    def breaks(request):
+        model = to_onnx(request.core, request.image_size)
+        save_onnx(model, request.folder / "model.onnx")
+        return QuantizationResult(["model.onnx"], "int8", "tensorrt")
+
+    with registered("quantizer", QuantizerPlugin("broken", "claims what it is not", breaks)):
+        done = command("quantize", small, "--backend", "broken", "--out", tmp_path / "q", "--calibration", "random-normal")
+    error = done.exception
+    assert isinstance(error, UadxError)
+    assert error.exit_code == 1
+    assert "no node is quantized" in error.message
+    assert "--calibration dataset" in error.hint
+    assert Quantized(tmp_path / "q").manifest().status == "rejected"
+    assert not (tmp_path / "q" / "thresholds.json").exists()
+    with pytest.raises(UadxError, match="was rejected"):
+        open_detector(tmp_path / "q")
+
+
+def test_a_collapsed_result_is_rejected(small, tmp_path):
+    """Its structure is right; the referee sees that the maps are not."""
+
+    def collapses(request):
+        model = to_onnx(request.core, request.image_size)
+        for tensor in model.graph.initializer:
+            if tensor.name.endswith("student_model.feature_extractor.layer1.0.conv1.weight") or len(tensor.dims) == 4:
+                tensor.CopyFrom(onnx.numpy_helper.from_array(np.zeros(tuple(tensor.dims), np.float32), tensor.name))
+        save_onnx(model, request.folder / "model.onnx")
+        return QuantizationResult(["model.onnx"], "fp32", "float")
+
+    with (
+        registered("quantizer", QuantizerPlugin("flat", "all weights are 0", collapses)),
+        pytest.raises(UadxError, match="maps differ"),
+    ):
+        quantize(Order(small, tmp_path / "q", "flat", samples=3))
+
+
+def test_folders_are_not_overwritten_by_mistake(int8, small, tmp_path):
+    out, _ = int8
+    with pytest.raises(UadxError, match="holds a finished quantized model"):
+        quantize(Order(small, out, "fp32"))
+    with pytest.raises(UadxError, match="no quantized model"):
+        quantize(Order(small, small, "fp32"))
+    with pytest.raises(UsageError, match="contradict"):
+        quantize(Order(small, tmp_path / "q", "fp32", resume=True, overwrite=True))
+
+
+def test_wrong_usage_is_told_before_anything_is_done(small, tmp_path):
+    out = tmp_path / "q"
+    with pytest.raises(UsageError, match="unknown quantizer 'openvino-int'") as error:
+        quantize(Order(small, out, "openvino-int"))
+    assert "openvino-int8" in error.value.hint
+    with pytest.raises(UsageError, match="unknown configuration key 'bias'"):
+        quantize(Order(small, out, "openvino-int8", options={"bias": "full"}))
+    with pytest.raises(UsageError, match="max_drop"):
+        quantize(Order(small, out, "openvino-int8", options={"max_drop": 2}))
+    with pytest.raises(UsageError, match="unknown calibration source 'random'"):
+        quantize(Order(small, out, "fp32", calibration="random"))
+    with pytest.raises(UsageError, match="2 calibration images cannot cover 3 products"):
+        quantize(Order(small, out, "openvino-int8", samples=2))
+    assert command("quantize", small).exception.message == "no folder to write the quantized model to"
+    assert not out.exists()
+
+
+def test_a_run_of_another_version_is_one_line(small, tmp_path):
+    run = shutil.copytree(small, tmp_path / "run")
+    write_json(run / "run.json", {**read_json(run / "run.json"), "schema": "uadx.run/9"})
+    with pytest.raises(UadxError, match="schema 'uadx.run/9' is not known to this version"):
+        quantize(Order(run, tmp_path / "q", "fp32"))
+
+
+def test_a_quantized_model_of_another_version_is_one_line(int8, tmp_path):
+    folder = shutil.copytree(int8[0], tmp_path / "q")
+    write_json(folder / "quantized.json", {**read_json(folder / "quantized.json"), "schema": "uadx.quantized/9"})
+    with pytest.raises(UadxError, match="schema 'uadx.quantized/9' is not known to this version"):
+        open_detector(folder)
+
+
+def test_changed_files_are_noticed(int8, tmp_path):
+    folder = shutil.copytree(int8[0], tmp_path / "q")
+    with (folder / "model.bin").open("r+b") as file:
+        file.write(b"0000")
+    with pytest.raises(UadxError, match="is not the file that was written"):
+        open_detector(folder)
+
+
+def test_data_that_has_gone_says_how_to_name_it(small, tmp_path):
+    run = shutil.copytree(small, tmp_path / "run")
+    content = read_json(run / "run.json")
+    content["data"]["root"] = str(tmp_path / "gone")
+    write_json(run / "run.json", content)
+    with pytest.raises(UadxError, match="the run's data is not there") as error:
+        quantize(Order(run, tmp_path / "q", "fp32"))
+    assert "--data" in error.value.hint
+
+
+def test_preprocessing_is_the_models_own(small, products):
+    run = Run.open(small)
+    model = model_plugin("stfpm").load(run.checkpoint, run.config()).eval()
+    import torch
+
+    images = np.stack([resize_rgb(read_rgb(path), (64, 64)) for path in list(scan(products).paths)[:2]])
+    with torch.no_grad():
+        expected = model.pre_processor(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255)
+    np.testing.assert_allclose(normalise(images, MEAN, STD), expected.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["stfpm", "reverse_distillation", "patches"])
+@pytest.mark.parametrize("profile", ["openvino", "tensorrt"])
+def test_a_quantized_network_is_restored_bit_for_bit(method, profile, tmp_path):
+    import torch
+
+    model, image = quantized(method, profile), noise(1, seed=3)[0]
+    save_quantized(model, tmp_path / "quantized.ckpt", profile=profile)
+    again = load_quantized(core(method), tmp_path / "quantized.ckpt")
+    with torch.no_grad():
+        assert all(torch.equal(one, other) for one, other in zip(model(image), again(image), strict=True))
+    assert model.state_dict().keys() == again.state_dict().keys()
+
+
+def test_the_overflow_fix_goes_by_the_processor(monkeypatch):
+    monkeypatch.setattr("uad_plugins.cpu.cpu_flags", lambda: ["avx2", "avx512f"])
+    assert chosen_fix("auto") == "first_layer"
+    monkeypatch.setattr("uad_plugins.cpu.cpu_flags", lambda: ["avx2", "avx512f", "avx512_vnni"])
+    assert chosen_fix("auto") == "disable"
+    assert chosen_fix("enable") == "enable"
+    assert OpenvinoOptions().overflow_fix == "auto"
+
+
+@pytest.mark.slow
+def test_the_quickstart_includes_int8(tmp_path):
+    done = command("quickstart", "--out", tmp_path / "out", "--epochs", "1", "--image-size", "64", "--json")
+    assert done.exit_code == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["int8"]["status"] == "finished"
+    assert document["int8"]["auroc"]["mean"]["image_auroc"]["fp32"] == pytest.approx(document["mean"]["image_auroc"])
+    assert Quantized.open(tmp_path / "out" / "int8").manifest().precision == "int8"
+    assert "FP32 beside INT8" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_the_placement_oracle_compares_where_it_is_installed(small, tmp_path):
+    """ModelOpt needs an environment of its own: where it is absent the script says so and does nothing."""
+    for backend in ("fp32", "tensorrt-int8"):
+        quantize(Order(small, tmp_path / backend, backend, samples=3))
+    script = Path(__file__).parents[1] / "benchmarks" / "modelopt_oracle.py"
+    words = [sys.executable, str(script), str(tmp_path / "fp32"), str(tmp_path / "tensorrt-int8")]
+    done = subprocess.run([*words, "--out", str(tmp_path / "oracle.onnx")], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    if importlib.util.find_spec("modelopt") is None:
+        assert "modelopt is not installed" in done.stderr
+    else:
+        document = json.loads(done.stdout)
+        assert document["modelopt"]["weights"] == document["ours"]["weights"]
+        assert document["ours"]["main branches"] == 0
+
+
+def test_rank_correlation_is_spearmans():
+    from scipy.stats import spearmanr
+
+    left, right = np.random.default_rng(0).random((2, 50))
+    assert rank_correlation(left, right) == pytest.approx(spearmanr(left, right).statistic)
+    assert rank_correlation(left, np.full(50, np.nan)) == 0.0
+
+
+def test_agreement_is_judged_by_every_limit(small, products):
+    with open_detector(small) as one, open_detector(small) as two:
+        agreement = compare(one, two, list(scan(products).paths)[:3])
+    assert agreement.map_l2 == 0
+    assert agreement.map_rank == pytest.approx(1)
+    assert agreement.wrong(Limits(0.1, 0.9, 0.1)) == []
+    assert len(agreement.wrong(Limits(-1, 2, -1))) == 3

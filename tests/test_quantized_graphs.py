@@ -1,0 +1,382 @@
+"""The rules of each profile on exported graphs of every method, and that a broken graph is caught by the rule it breaks."""
+
+from collections import Counter
+
+import numpy as np
+import onnx
+import onnxruntime
+import openvino
+import pytest
+from networks import METHODS, SIDE, core, exported, noise, quantized, students
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+
+from uad_plugins.quantization import openvino_rules, tensorrt_rules
+from uad_plugins.quantization.export import to_onnx
+from uad_plugins.quantization.graph import ADD, CONV, INPUT, Graph
+from uad_plugins.quantization.onnx_graph import (
+    OnnxGraph,
+    attribute,
+    set_initializer,
+    with_float16_weights,
+    with_int8_weights,
+)
+from uad_plugins.quantization.scope import TorchGraph
+from uad_plugins.quantization.torch_quantization import hooks, student_scales
+
+PROFILES = {"tensorrt": tuple(tensorrt_rules.RULES), "openvino": tensorrt_rules.OPENVINO}
+
+
+def run(model, image):
+    """Execute every node as it stands."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level, options.graph_optimization_level = 3, onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return session.run(None, {"images": image.numpy()})
+
+
+def distance(found, expected):
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("profile", "rule"), [(p, rule) for p, rules in PROFILES.items() for rule in rules])
+def test_each_rule_holds(method, profile, rule):
+    assert tensorrt_rules.check(exported(method, profile), [rule]) == {rule: []}
+    assert tensorrt_rules.check(with_int8_weights(exported(method, profile)), [rule]) == {rule: []}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("profile", [*PROFILES, "float"])
+def test_a_graph_is_plain(method, profile):
+    kinds = {node.op_type for node in exported(method, profile).graph.node}
+    assert not kinds & {"Identity", "Constant", "Shape", "If", "Loop", "ConstantOfShape", "FakeQuantize"}
+    # What is left stands behind a transposed convolution, whose weight has one scale for all channels.
+    if method != "reverse_distillation" or profile != "tensorrt":
+        assert "BatchNormalization" not in kinds
+    assert {entry.version for entry in exported(method, profile).opset_import} == {17}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_float_graph_computes_what_the_network_does(method):
+    image = noise(1, seed=5)[0]
+    expected = [value.detach().numpy() for value in core(method)(image)]
+    for found, value in zip(run(exported(method, "float"), image), expected, strict=True):
+        assert found.shape == value.shape
+        np.testing.assert_allclose(found, value, rtol=1e-3, atol=1e-5)
+    assert distance(run(with_float16_weights(exported(method, "float")), image)[1], expected[1]) < 0.005
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("profile", list(PROFILES))
+def test_the_quantized_graph_computes_what_the_quantizers_do(method, profile):
+    """Normalizations folded, weights as int8 or float: the same to the few values that round the other way."""
+    image = noise(1, seed=5)[0]
+    expected = quantized(method, profile)(image)[1].detach().numpy()
+    found = run(exported(method, profile), image)[1]
+    assert distance(found, expected) < 0.01
+    assert distance(run(with_int8_weights(exported(method, profile)), image)[1], found) < 1e-6
+    assert distance(found, core(method)(image)[1].detach().numpy()) < 0.1
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("profile", list(PROFILES))
+def test_openvino_agrees(method, profile, tmp_path):
+    image = noise(1, seed=5)[0]
+    path = tmp_path / "model.onnx"
+    onnx.save(with_int8_weights(exported(method, profile)), path)
+    # INT8 kernels of OpenVINO mistake a signed quantizer before a max-pool: see OpenVinoDetector.
+    options = {"INFERENCE_PRECISION_HINT": "f32"} | ({"LP_TRANSFORMS_MODE": "NO"} if profile == "tensorrt" else {})
+    compiled = openvino.Core().compile_model(path, "CPU", options)
+    assert distance(compiled(image.numpy())[1], run(exported(method, profile), image)[1]) < 0.03
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_openvino_model_keeps_its_rules_on_disk(method, tmp_path):
+    onnx.save(with_int8_weights(exported(method, "openvino")), tmp_path / "model.onnx")
+    openvino.save_model(openvino.convert_model(tmp_path / "model.onnx"), tmp_path / "model.xml", compress_to_fp16=False)
+    model = openvino.Core().read_model(tmp_path / "model.xml")
+    assert not any(openvino_rules.check(model).values())
+    done, total = openvino_rules.quantized_share(model)
+    assert done == total > 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_scope_student_leaves_the_teacher_in_float(method):
+    graph = TorchGraph.of(core(method), noise(1)[0])
+    mine = set(graph.convolutions_of(students(method)))
+    assert mine
+    assert set(graph.convolutions()) - mine
+    with_weights = {name.split("__")[0].split(".", 1)[1] for name, _ in hooks(quantized(method, "openvino", "student"))}
+    assert mine <= with_weights
+    assert not with_weights & (set(graph.convolutions()) - mine)
+    findings = tensorrt_rules.check(exported(method, "openvino", "student"), tensorrt_rules.OPENVINO, whole=False)
+    assert not any(findings.values())
+    assert tensorrt_rules.check(exported(method, "openvino", "student"), ["coverage"])["coverage"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("profile", list(PROFILES))
+def test_the_students_scales_get_gradients_and_the_teachers_are_left_out(method, profile):
+    from copy import deepcopy
+
+    model = deepcopy(quantized(method, profile))
+    scales = student_scales(model, TorchGraph.of(core(method), noise(1)[0]), students(method))
+    everything = {n for n, p in model.named_parameters() if n.startswith("__nncf_hooks") and p.is_floating_point()}
+    assert scales < everything
+    model.training = True
+    model(noise(1, seed=7)[0])[0].sum().backward()
+    named = dict(model.named_parameters())
+    assert all(named[name].grad is not None for name in scales)
+    # Of the image, and of each of the teacher's weights.
+    teacher = set(TorchGraph.of(core(method), noise(1)[0]).convolutions())
+    teacher -= set(TorchGraph.of(core(method), noise(1)[0]).convolutions_of(students(method)))
+    frozen = {name.split("__0")[0].split("__1")[0].rpartition("hooks.")[2] for name in everything - scales}
+    assert frozen >= teacher | {"images"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_training_meets_every_quantizer(method):
+    """Quantizers act by the names of operations: in training they have to be the same operations."""
+    from copy import deepcopy
+
+    model = deepcopy(quantized(method, "openvino"))
+    called = []
+    places = [hook for _, hook in hooks(model)]
+    for hook in set(places):
+        hook.register_forward_hook(lambda hook, *_: called.append(hook))
+    model.training = True
+    model(noise(1)[0])
+    assert Counter(called) == Counter(places)
+
+
+def copy_of(method="reverse_distillation"):
+    model = ModelProto()
+    model.CopyFrom(exported(method, "tensorrt"))
+    return model
+
+
+def first(model, kind, test=lambda node: True):
+    return next(node for node in model.graph.node if node.op_type == kind and test(node))
+
+
+def weight_quantizer(model, kind="Conv"):
+    """Return the QuantizeLinear of the first weight of a kind of convolution, and the DequantizeLinear behind it."""
+    graph = OnnxGraph.of(model)
+    name = next(name for name in graph.convolutions() if graph.nodes[name].op_type == kind)
+    dequantize = graph.nodes[graph.inputs[name][1]]
+    return graph.nodes[dequantize.input[0]], dequantize
+
+
+def newer_opset(model):
+    model.opset_import[0].version = 18
+
+
+def foreign_operator(model):
+    first(model, "Relu").domain = "org.openvinotoolkit"
+
+
+def free_batch(model):
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "batch"
+
+
+def no_quantizer(model):
+    for node in list(model.graph.node):
+        if node.op_type in {"QuantizeLinear", "DequantizeLinear"}:
+            node.op_type = "Relu"
+            del node.input[1:]
+
+
+def no_zero_point(model):
+    del first(model, "QuantizeLinear").input[2:]
+
+
+def computed_scale(model):
+    node = first(model, "QuantizeLinear")
+    scale = node.input[1]
+    model.graph.node.insert(0, helper.make_node("Abs", [scale], ["abs_scale"]))
+    node.input[1] = "abs_scale"
+
+
+def identity_on_a_scale(model):
+    node = first(model, "QuantizeLinear")
+    model.graph.node.insert(0, helper.make_node("Identity", [node.input[1]], ["same_scale"]))
+    node.input[1] = "same_scale"
+
+
+def unsigned(model):
+    set_initializer(model, "u8", np.zeros((), np.uint8))
+    first(model, "QuantizeLinear").input[2] = "u8"
+
+
+def shifted(model):
+    set_initializer(model, "shifted", np.array(3, np.int8))
+    first(model, "QuantizeLinear").input[2] = "shifted"
+
+
+def zero_scale(model):
+    set_initializer(model, "zero_scale", np.array(0, np.float32))
+    first(model, "QuantizeLinear").input[1] = "zero_scale"
+
+
+def short_scale(model):
+    quantize, dequantize = weight_quantizer(model)
+    set_initializer(model, "short", np.ones(3, np.float32))
+    set_initializer(model, "short_zero", np.zeros(3, np.int8))
+    for node in (quantize, dequantize):
+        node.input[1], node.input[2] = "short", "short_zero"
+
+
+def activation_per_channel(model):
+    graph = OnnxGraph.of(model)
+    node = first(model, "QuantizeLinear", lambda node: node.output[0] in graph.moving())
+    set_initializer(model, "many", np.ones(3, np.float32))
+    node.input[1] = "many"
+
+
+def wrong_axis(model):
+    for node in weight_quantizer(model):
+        next(item for item in node.attribute if item.name == "axis").i = 1
+
+
+def transposed_per_channel(model):
+    quantize, dequantize = weight_quantizer(model, "ConvTranspose")
+    channels = OnnxGraph.of(model).arrays[quantize.input[0]].shape[1]
+    set_initializer(model, "channels", np.ones(channels, np.float32))
+    set_initializer(model, "channels_zero", np.zeros(channels, np.int8))
+    for node in (quantize, dequantize):
+        node.input[1], node.input[2] = "channels", "channels_zero"
+        node.attribute.append(helper.make_attribute("axis", 1))
+
+
+def quantize_tensor(model, source, consumer):
+    """Put a quantizer between a tensor and one consumer of it."""
+    set_initializer(model, "one", np.array(0.1, np.float32))
+    set_initializer(model, "nought", np.array(0, np.int8))
+    nodes = [
+        helper.make_node("QuantizeLinear", [source, "one", "nought"], ["more_q"]),
+        helper.make_node("DequantizeLinear", ["more_q", "one", "nought"], ["more_dq"]),
+    ]
+    place = list(model.graph.node).index(consumer)
+    for port, name in enumerate(consumer.input):
+        if name == source:
+            consumer.input[port] = "more_dq"
+    for node in reversed(nodes):
+        model.graph.node.insert(place, node)
+
+
+def quantized_main_branch(model):
+    graph = OnnxGraph.of(model)
+    name, main, _ = graph.additions()[0]
+    quantize_tensor(model, main, next(node for node in model.graph.node if node.output[0] == name))
+
+
+def float_skip_branch(model):
+    graph = OnnxGraph.of(model)
+    name, _, skip = graph.additions()[1]
+    source = graph.nodes[graph.nodes[skip].input[0]].input[0]
+    addition = next(node for node in model.graph.node if node.output[0] == name)
+    for port, tensor in enumerate(addition.input):
+        if tensor == skip:
+            addition.input[port] = source
+
+
+def float_weight(model):
+    quantize, dequantize = weight_quantizer(model)
+    name = next(node for node in model.graph.node if dequantize.output[0] in node.input)
+    name.input[1] = quantize.input[0]
+
+
+def quantized_head(model):
+    graph = OnnxGraph.of(model)
+    node = first(model, "Resize", lambda node: node.output[0] in graph.head())
+    quantize_tensor(model, node.input[0], node)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "rule"),
+    [
+        (newer_opset, "opset"),
+        (foreign_operator, "operators"),
+        (free_batch, "static shapes"),
+        (no_quantizer, "quantized"),
+        (no_zero_point, "complete quantizers"),
+        (computed_scale, "complete quantizers"),
+        (identity_on_a_scale, "no identity on constants"),
+        (identity_on_a_scale, "complete quantizers"),
+        (unsigned, "signed"),
+        (shifted, "zero points are 0"),
+        (zero_scale, "scales"),
+        (short_scale, "scales"),
+        (activation_per_channel, "per-channel only on weights"),
+        (wrong_axis, "axis of weights"),
+        (transposed_per_channel, "transposed convolutions"),
+        (quantized_main_branch, "residual additions"),
+        (float_skip_branch, "residual additions"),
+        (float_weight, "coverage"),
+        (quantized_head, "float head"),
+    ],
+)
+def test_a_broken_graph_is_caught(break_it, rule):
+    model = copy_of()
+    break_it(model)
+    assert tensorrt_rules.check(model)[rule]
+
+
+def test_every_rule_has_a_graph_that_breaks_it():
+    (mark,) = test_a_broken_graph_is_caught.pytestmark
+    assert {rule for _, rule in mark.args[1]} == set(tensorrt_rules.RULES)
+
+
+def test_the_newest_opset_can_be_chosen():
+    model = copy_of()
+    model.opset_import[0].version = 19
+    assert tensorrt_rules.check(model, ["opset"], max_opset=19) == {"opset": []}
+
+
+def test_openvino_rules_find_a_quantized_head_and_float_weights(tmp_path):
+    model = ModelProto()
+    model.CopyFrom(exported("stfpm", "openvino"))
+    quantized_head(model)
+    onnx.save(model, tmp_path / "model.onnx")
+    findings = openvino_rules.check(openvino.convert_model(tmp_path / "model.onnx"))
+    assert findings["float head"]
+    onnx.save(exported("stfpm", "float"), tmp_path / "float.onnx")
+    findings = openvino_rules.check(openvino.convert_model(tmp_path / "float.onnx"))
+    assert findings["quantized"]
+    assert findings["coverage"]
+
+
+def test_the_skip_branch_is_the_one_with_fewer_convolutions():
+    """Written the other way round, the addition of a projecting block is understood as well."""
+    for first_port, second_port in ((0, 1), (1, 0)):
+        graph = Graph()
+        for name, kind in (("x", INPUT), ("a", CONV), ("b", CONV), ("project", CONV), ("add", ADD), ("next", CONV)):
+            graph.kinds[name] = kind
+            graph.channels[name] = 8
+        for producer, consumer, port in (("x", "a", 0), ("a", "b", 0), ("x", "project", 0), ("add", "next", 0)):
+            graph.connect(producer, consumer, port)
+        graph.connect("b", "add", first_port)
+        graph.connect("project", "add", second_port)
+        assert graph.additions() == [("add", "b", "project")]
+
+
+def test_a_smoothing_filter_belongs_to_the_head():
+    graph = OnnxGraph.of(exported("reverse_distillation", "float"))
+    filters = [name for name, kind in graph.kinds.items() if kind == CONV and name not in graph.convolutions()]
+    assert filters
+    assert set(filters) <= graph.head()
+
+
+def test_int8_weights_are_stored_as_int8():
+    model = with_int8_weights(exported("reverse_distillation", "tensorrt"))
+    sizes = {tensor.name: tensor for tensor in model.graph.initializer}
+    assert all(t.data_type != TensorProto.FLOAT for t in sizes.values() if np.prod(t.dims) > 5000)
+    ratio = len(model.SerializeToString()) / len(exported("reverse_distillation", "float").SerializeToString())
+    assert ratio <= 0.27
+    assert numpy_helper.to_array(next(t for t in sizes.values() if t.name.endswith("_int8"))).dtype == np.int8
+
+
+def test_another_size_is_exported_for_that_size():
+    model = to_onnx(core("stfpm"), (SIDE, 96))
+    assert [dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim] == [1, 3, SIDE, 96]
+    assert attribute(model.graph.node[0], "kernel_shape") == [7, 7]

@@ -17,7 +17,7 @@ from PIL import Image
 
 from uad_plugins.detector import open_detector
 from uad_plugins.errors import UadxError, UsageError
-from uad_plugins.runtime.watch import RESULTS, Watch
+from uad_plugins.evaluation.watch import RESULTS, Watch
 
 
 def picture(path, seed=0, side=64):

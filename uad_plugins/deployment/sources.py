@@ -120,7 +120,7 @@ def _run(folder: Path, precision: str, work: Path) -> Source:
         facts = preprocessing_of(reference.model, reference.image_size)
         # The core shares the module's weights, and the reference needs them where they are.
         module = model_plugin(config.model.name).load(run.checkpoint, config)
-        result = write(build_core(module), reference.image_size, work, half=precision == "fp16")
+        result = write(build_core(module, reference.image_size), reference.image_size, work, half=precision == "fp16")
     return Source(
         folder=folder,
         kind="run",

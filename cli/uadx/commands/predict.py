@@ -93,7 +93,7 @@ def _watch(
 ) -> None:
     """Score images as they arrive, until SIGTERM or Ctrl-C."""
     from uad_plugins.detector import open_detector
-    from uad_plugins.runtime.watch import Watch
+    from uad_plugins.evaluation.watch import Watch
 
     if paths:
         raise UsageError("--watch takes the place of PATH", "give one of them")

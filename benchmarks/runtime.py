@@ -5,7 +5,7 @@
 RUN is a trained run (STFPM for the comparison with anomalib), IMAGES a folder. The run is deployed as FP32, Q as INT8. Each
 measurement is a process of its own, the order alternates, and the medians over the repeats count. The limit is what
 ``AsyncInferQueue`` reaches on tensors that lie in memory, and ``benchmark_app`` on the same file; the peer is anomalib's own
-export of the same weights, run by its inferencer on the same files.
+export of the same weights (which needs ``onnxscript``), run by its inferencer on the same files.
 """
 
 import argparse
@@ -78,6 +78,22 @@ def latency(bundle, folder, count):
         detector.predict(file)
         times.append(time.perf_counter() - started)
     return {**percentiles(times), "images_per_s": len(files) / sum(times), "first_result_s": first, "rss_mb": resident()}
+
+
+def in_memory(bundle, folder, count):
+    """Measure ours on images that are decoded already: what the pipeline itself costs."""
+    from uad_plugins.detector import decode
+    from uad_plugins.runtime import Detector
+
+    detector = Detector(bundle)
+    pixels = [decode(file, detector.image_size).pixels for file in files_of(folder, 16)]
+    stream = detector.stream(itertools.islice(itertools.cycle(pixels), count + 8))
+    for _ in range(8):
+        next(stream)
+    started = time.perf_counter()
+    for _ in stream:
+        pass
+    return {"images_per_s": count / (time.perf_counter() - started)}
 
 
 def decoding(bundle, folder, count):
@@ -170,12 +186,12 @@ def export_peer(run, folder):
         return engine.export(model, ExportType.OPENVINO, export_root=folder)
 
 
-def peer(model, folder, count):
-    """Run anomalib's inferencer, file to result."""
+def peer(model, folder, count, **config):
+    """Run anomalib's inferencer, file to result: one at a time, as it offers no other way."""
     from anomalib.deploy import OpenVINOInferencer
 
     files = files_of(folder, count)
-    inferencer = OpenVINOInferencer(model, device="CPU")
+    inferencer = OpenVINOInferencer(model, device="CPU", config=config)
     inferencer.predict(files[0])
     first, times = time.perf_counter() - STARTED, []
     for file in files:
@@ -183,6 +199,11 @@ def peer(model, folder, count):
         inferencer.predict(file)
         times.append(time.perf_counter() - started)
     return {**percentiles(times), "images_per_s": len(files) / sum(times), "first_result_s": first, "rss_mb": resident()}
+
+
+def peer_f32(model, folder, count):
+    """Run it in FP32: left to itself OpenVINO computes in BF16 where the CPU can."""
+    return peer(model, folder, count, INFERENCE_PRECISION_HINT="f32")
 
 
 def layers(bundle, _folder, count):
@@ -215,10 +236,12 @@ def soak(bundle, folder, count):
 PARTS = {
     "throughput": throughput,
     "latency": latency,
+    "in_memory": in_memory,
     "decoding": decoding,
     "limit_throughput": limit_throughput,
     "limit_latency": limit_latency,
     "peer": peer,
+    "peer_f32": peer_f32,
     "layers": layers,
     "soak": soak,
 }
@@ -256,10 +279,10 @@ def measure(arguments, work):
     if arguments.quantized:
         bundles["int8"] = work / "int8"
         deploy(Order(Path(arguments.quantized), bundles["int8"], "openvino-cpu", pictures=False))
-    peers = {} if arguments.no_peer else {"anomalib": export_peer(arguments.model, work / "anomalib")}
-    ours = [name for name in PARTS if name not in {"peer", "soak"}]
+    peer_model = None if arguments.no_peer else export_peer(arguments.model, work / "anomalib")
+    ours = [name for name in PARTS if name not in {"peer", "peer_f32", "soak"}]
     jobs = [(f"{kind} {name}", name, bundle) for kind, bundle in bundles.items() for name in ours]
-    jobs += [(name, "peer", model) for name, model in peers.items()]
+    jobs += [("anomalib f32", "peer_f32", peer_model), ("anomalib as it is", "peer", peer_model)] if peer_model else []
     results = {}
     for repeat in range(arguments.repeats):
         for label, name, model in jobs if repeat % 2 == 0 else jobs[::-1]:
@@ -291,8 +314,14 @@ def ratios(report, bundles):
         if app["throughput"] and app["latency"]:
             found[f"{kind} throughput / benchmark_app"] = rate / app["throughput"]["images_per_s"]
             found[f"{kind} latency / (1.1 x benchmark_app + decoding)"] = slow / (1.1 * app["latency"]["p50_ms"] + decoded)
-        if "anomalib" in report:
-            found[f"{kind} throughput / anomalib"] = rate / report["anomalib"]["images_per_s"]
+        # What is left for inference when decoding has taken its share of the processors.
+        spent = 1 / report[f"{kind} limit_throughput"]["images_per_s"]
+        share = report[f"{kind} decoding"]["mean_ms"] / 1000 / report["processors"]
+        found[f"{kind} throughput / (queue on tensors + decoding)"] = rate * (spent + share)
+        found[f"{kind} in memory / queue on tensors"] = report[f"{kind} in_memory"]["images_per_s"] * spent
+        for name in ("anomalib f32", "anomalib as it is"):
+            if name in report:
+                found[f"{kind} throughput / {name}"] = rate / report[name]["images_per_s"]
     return {name: round(value, 3) for name, value in found.items()}
 
 

@@ -86,8 +86,8 @@ def deploy(order: Order, tell: Callable[[str], None] = lambda _: None) -> Bundle
         tempfile.TemporaryDirectory(prefix="uadx-deploy-") as work,
         staged(out, overwrite=order.overwrite) as folder,
     ):
-        tell(f"packaging {order.source} for {order.target}")
         source = open_source(order.source.expanduser().absolute(), order.precision, Path(work))
+        tell(f"packaging {order.source} for {order.target}")
         with source.reference:
             result = plugin.package(_request(source, options, folder))
             _refuse(plugin, result)

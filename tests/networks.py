@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from functools import cache
-from types import SimpleNamespace
 
 import torch
-from anomalib.data import InferenceBatch
 from anomalib.models.components import AnomalibModule
+from anomalib.pre_processing import PreProcessor
 from torch import nn
-from torch.nn import functional as F
 
-from uad_plugins.models import ReverseDistillation, Stfpm
+from uad_plugins.models import ReverseDistillation, Stfpm, UninformedStudents
 from uad_plugins.quantization.calibration import calibrate
 from uad_plugins.quantization.core import Core, student_parameters
 from uad_plugins.quantization.export import to_onnx
@@ -20,48 +19,7 @@ from uad_plugins.quantization.torch_quantization import quantize_core, strip
 
 SIDE = 64
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-METHODS = ("stfpm", "reverse_distillation", "patches")
-
-
-class Patches(nn.Module):
-    """Valid convolutions, max-pools of stride 1 made of slices, and one group a student."""
-
-    def __init__(self, groups: int) -> None:
-        super().__init__()
-        self.groups = groups
-        self.first = nn.Conv2d(3, 8 * groups, 5)
-        self.second = nn.Conv2d(8 * groups, 8 * groups, 3, dilation=2, groups=groups)
-        self.third = nn.Conv2d(8 * groups, 4 * groups, 1, groups=groups)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        features = F.leaky_relu(self.first(images), 5e-3)
-        features = torch.maximum(features[..., :-1, :], features[..., 1:, :])
-        features = torch.maximum(features[..., :-1], features[..., 1:])
-        return self.third(F.leaky_relu(self.second(features), 5e-3))
-
-
-class PatchNetwork(nn.Module):
-    """A teacher and three students in one, as a third party might write them: the head has buffers, no names are ours."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.old, self.young = Patches(1).requires_grad_(False), Patches(3)
-        self.register_buffer("centre", torch.randn(1, 4, 1, 1))
-        self.register_buffer("spread", torch.rand(1, 4, 1, 1) + 0.5)
-
-    def errors(self, images: torch.Tensor) -> torch.Tensor:
-        target = (self.old(images).detach() - self.centre) / self.spread
-        guesses = self.young(images).unflatten(1, (3, 4))
-        return (guesses.mean(dim=1) - target).square().sum(dim=1, keepdim=True)
-
-    def forward(self, images: torch.Tensor) -> InferenceBatch:
-        anomaly_map = F.interpolate(self.errors(images), size=images.shape[-2:], mode="bilinear")
-        return InferenceBatch(pred_score=anomaly_map.amax(dim=(-2, -1)), anomaly_map=anomaly_map)
-
-
-def patches_distil(network: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    errors = network.errors(images)
-    return errors.flatten(1).mean(dim=1), F.interpolate(errors, size=images.shape[-2:], mode="bilinear")
+METHODS = ("stfpm", "reverse_distillation", "uninformed_students")
 
 
 def lively(model: nn.Module) -> nn.Module:
@@ -77,15 +35,44 @@ def lively(model: nn.Module) -> nn.Module:
     return model
 
 
+def students_and_teachers(pre_processor: PreProcessor) -> UninformedStudents:
+    """Uninformed Students with pooling of both kinds, with a stride and dense."""
+    built = UninformedStudents(
+        weights="checkpoint",
+        patch_sizes=(17, 33),
+        width=0.125,
+        stride=2,
+        pre_processor=pre_processor,
+        visualizer=False,
+    )
+    for layer in built.model.modules():
+        if isinstance(layer, nn.Conv2d):
+            # Larger than torch's own: descriptors that hardly differ say nothing about quantization.
+            nn.init.normal_(layer.weight, std=(2 / layer.weight[0].numel()) ** 0.5)
+    images = torch.randn(2, 3, SIDE, SIDE)
+    with torch.no_grad():
+        for scale, target in enumerate(built.model.targets(images)):
+            built.model.feature_mean[scale, 0] = target.mean(dim=(0, 1, 3, 4))
+            built.model.feature_std[scale, 0] = target.std(dim=(0, 1, 3, 4))
+        found = built.model.deviations(images)
+        for kind, values in enumerate((found.errors, found.variances)):
+            built.model.score_mean[:, 0, kind] = values.mean(dim=(0, 2, 3))
+            built.model.score_std[:, 0, kind] = values.std(dim=(0, 2, 3))
+    return built.eval()
+
+
 @cache
-def module(method: str) -> AnomalibModule | SimpleNamespace:
-    """An untrained method with lively BatchNorm; layers 1 and 2 of STFPM. Not to be changed."""
+def module(method: str) -> AnomalibModule:
+    """An untrained method with lively BatchNorm; layers 1 and 2 of STFPM, two narrow scales of Uninformed Students.
+
+    Not to be changed.
+    """
     torch.manual_seed(0)
-    if method == "patches":
-        return SimpleNamespace(model=PatchNetwork().eval())
+    pre_processor = AnomalibModule.configure_pre_processor((SIDE, SIDE))
+    if method == "uninformed_students":
+        return students_and_teachers(pre_processor)
     options = {"layers": ["layer1", "layer2"]} if method == "stfpm" else {}
     cls = Stfpm if method == "stfpm" else ReverseDistillation
-    pre_processor = AnomalibModule.configure_pre_processor((SIDE, SIDE))
     built = cls(backbone="resnet18", weights="bundled", pre_processor=pre_processor, visualizer=False, **options)
     lively(built.model)
     return built.eval()
@@ -93,18 +80,11 @@ def module(method: str) -> AnomalibModule | SimpleNamespace:
 
 def core(method: str) -> Core:
     """A core of a copy of the network."""
-    from copy import deepcopy
-
-    found = Core(deepcopy(module(method))).eval()
-    if method == "patches":
-        found.distil = patches_distil
-    return found.to(memory_format=torch.contiguous_format)
+    return Core(deepcopy(module(method))).eval().to(memory_format=torch.contiguous_format)
 
 
 def students(method: str) -> set[str]:
     """Names of the student's parameters in the core."""
-    if method == "patches":
-        return {f"network.young.{name}" for name, _ in module(method).model.young.named_parameters()}
     return student_parameters(module(method))
 
 

@@ -148,16 +148,26 @@ def test_fp16_halves_the_file_and_stays_near(trained, bundle, tmp_path):
     assert half.files["model.bin"].bytes < 0.55 * whole.files["model.bin"].bytes
 
 
-def test_a_model_by_tensorrts_rules_goes_to_the_jetson_and_not_to_openvino(tensorrt, int8, tmp_path):
+def openvino_qdq(station, tmp_path):
+    """A quantized model that says it follows OpenVINO's rules, as nncf-qat writes it."""
+    copy = Path(shutil.copytree(station, tmp_path / "q"))
+    content = json.loads((copy / "quantized.json").read_text())
+    write_json(copy / "quantized.json", {**content, "profile": "openvino"})
+    return copy
+
+
+def test_a_model_by_tensorrts_rules_goes_to_the_jetson_and_to_openvino(tensorrt, int8, tmp_path):
     manifest = deploy(Order(tensorrt, tmp_path / "jetson", "tensorrt-jetson", pictures=False))
     assert (manifest.precision, manifest.profile) == ("int8", "tensorrt")
     assert len(manifest.checks) > 10
     assert not [case for cases in manifest.checks.values() for case in cases]
-    with pytest.raises(UadxError, match="OpenVINO would run it in float"):
-        deploy(Order(tensorrt, tmp_path / "cpu", "openvino-cpu"))
+    manifest = deploy(Order(tensorrt, tmp_path / "cpu", "openvino-cpu", pictures=False))
+    assert manifest.metrics["verified"]["openvino"]["map_l2"] < 0.03
+    with pytest.raises(UadxError, match="by OpenVINO's rules, which TensorRT does not take"):
+        deploy(Order(openvino_qdq(tensorrt, tmp_path), tmp_path / "no", "tensorrt-jetson"))
     with pytest.raises(UadxError, match="has no ONNX file"):
         deploy(Order(int8, tmp_path / "onnx", "onnx"))
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["jetson"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["cpu", "jetson", "q"]
 
 
 def test_without_its_data_random_images_verify_it(trained, tmp_path):

@@ -303,7 +303,7 @@ def test_preprocessing_is_the_models_own(small, products):
     np.testing.assert_allclose(normalise(images, MEAN, STD), expected.numpy(), atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["stfpm", "reverse_distillation", "patches"])
+@pytest.mark.parametrize("method", ["stfpm", "reverse_distillation", "uninformed_students"])
 @pytest.mark.parametrize("profile", ["openvino", "tensorrt"])
 def test_a_quantized_network_is_restored_bit_for_bit(method, profile, tmp_path):
     import torch

@@ -173,13 +173,13 @@ def test_compactness_is_over_dimensions():
 
 
 def test_compactness_by_hand():
-    descriptor = torch.tensor([[0.0, 0.0], [1.0, 3.0], [2.0, 0.0]])
-    x, y = np.array([-1.0, 0, 1]), np.array([-1.0, 2, -1])
-    expected = 2 * abs(float(x @ y)) / (np.linalg.norm(x) * np.linalg.norm(y))
+    descriptor = torch.tensor([[0.0, 0.0], [1.0, 4.0], [2.0, -1.0]])
+    x, y = np.array([-1.0, 0, 1]), np.array([-1.0, 3, -2])
+    expected = 2 * (float(x @ y) / (np.linalg.norm(x) * np.linalg.norm(y))) ** 2
     assert compactness_loss(descriptor) == pytest.approx(expected, abs=1e-6)
     numpy_says = np.corrcoef(torch.randn(40, 5, generator=torch.Generator().manual_seed(1)).numpy().T)
     drawn = torch.randn(40, 5, generator=torch.Generator().manual_seed(1))
-    assert compactness_loss(drawn) == pytest.approx(np.abs(numpy_says).sum() - 5, abs=1e-4)
+    assert compactness_loss(drawn) == pytest.approx((numpy_says**2).sum() - 5, abs=1e-4)
 
 
 def test_the_total_is_the_weighted_sum():

@@ -336,6 +336,33 @@ def test_anomalibs_engine_trains_and_tests_it(products, tmp_path):
     assert model.model.normalised
 
 
+def test_it_trains_on_a_datamodule_of_anomalibs_own(products, tmp_path):
+    from anomalib.data import Folder
+    from anomalib.engine import Engine
+
+    data = Folder(
+        name="washer",
+        root=products / "washer",
+        normal_dir="train/good",
+        normal_test_dir="test/good",
+        abnormal_dir="test/bent",
+        mask_dir="ground_truth/bent",
+        train_batch_size=4,
+        num_workers=0,
+    )
+    model = UninformedStudents(
+        weights="bundled",
+        **{**OPTIONS, "patch_sizes": [17]},
+        pre_processor=UninformedStudents.configure_pre_processor((64, 64)),
+        visualizer=False,
+    )
+    engine = Engine(default_root_dir=tmp_path, max_epochs=1, accelerator="cpu", devices=1, logger=False)
+    engine.fit(model, datamodule=data)
+    (figures,) = engine.test(model, datamodule=data)
+    assert 0 <= figures["image_AUROC"] <= 1
+    assert "10 normal training images at 64x64" in model.teacher_records[0]["images"]
+
+
 def test_training_at_an_output_stride_of_its_own_reaches_every_pixel(monkeypatch):
     torch.manual_seed(0)
     model = UninformedStudents(weights="bundled", **{**OPTIONS, "train_stride": 4, "patch_sizes": [17]})

@@ -105,19 +105,14 @@ def write_ir(request: PackagingRequest, path: Path) -> tuple[str, tuple[str, str
         Names of the input and of its two outputs.
 
     Raises:
-        UadxError: There is no model that OpenVINO executes in 8 bits.
+        UadxError: There is no model.
     """
     import openvino
 
-    from uad_plugins.runtime.graph import prepare
+    from uad_plugins.runtime.graph import prepare, read
 
-    if request.profile == "tensorrt":
-        raise UadxError(
-            "this model was quantized by TensorRT's rules: OpenVINO would run it in float",
-            "quantize with --backend openvino-int8 or nncf-qat, or take --target onnx",
-        )
     source = request.models.get("openvino") or model_of(request, "onnx")
-    model = prepare(openvino.Core().read_model(source), request.mean, request.std)
+    model = prepare(read(source), request.mean, request.std)
     path.parent.mkdir(parents=True, exist_ok=True)
     # What is stored as FP16 or INT8 already stays so.
     openvino.save_model(model, path, compress_to_fp16=False)

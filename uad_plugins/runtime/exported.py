@@ -27,14 +27,12 @@ class Facts(Protocol):
         image_size: ``(height, width)`` of its input in pixels.
         mean: Of the RGB channels of images in 0..1.
         std: The same.
-        profile: Rules that a quantized graph follows: ``openvino``, ``tensorrt`` or ``float``.
     """
 
     categories: list[str]
     image_size: tuple[int, int]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    profile: str
 
 
 @dataclass
@@ -45,7 +43,6 @@ class Network:
     image_size: tuple[int, int]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    profile: str
 
 
 @dataclass(frozen=True)
@@ -150,7 +147,7 @@ def _of_bundle(bundle: Bundle, formats: tuple[str, ...]) -> Found | None:
     preprocessing = manifest.preprocessing
     return Found(
         bundle.file(name),
-        Network(manifest.categories, manifest.image_size, preprocessing.mean, preprocessing.std, manifest.profile),
+        Network(manifest.categories, manifest.image_size, preprocessing.mean, preprocessing.std),
         bundle.thresholds,
         preprocessing.normalised_by == "graph",
         (manifest.outputs.score, manifest.outputs.map),

@@ -19,7 +19,7 @@ from uad_plugins.errors import reason_of
 from uad_plugins.evaluation.thresholds import Thresholds
 from uad_plugins.imaging import RgbImage
 from uad_plugins.runtime.exported import ExportedDetector, Facts, FloatArray
-from uad_plugins.runtime.graph import prepare
+from uad_plugins.runtime.graph import prepare, read
 
 LATENCY, THROUGHPUT = "LATENCY", "THROUGHPUT"
 
@@ -35,9 +35,6 @@ class OpenVinoDetector(ExportedDetector):
 
     ``infer`` runs one request at a time on all cores; ``stream`` keeps as many in flight as OpenVINO advises. Each compiles
     the model for its purpose when it is first called. Not to be used by two threads at a time.
-
-    A graph by TensorRT's rules is executed as it stands, in float: OpenVINO's INT8 kernels give wrong maps (18 % off) where
-    a signed quantizer stands before a max-pool, which those rules ask for and OpenVINO's own never have.
 
     Args:
         path: The model file.
@@ -67,9 +64,9 @@ class OpenVinoDetector(ExportedDetector):
     ) -> None:
         super().__init__(path, facts, thresholds, name)
         self._core = openvino.Core()
-        model = checked(path, self._core.read_model)
+        model = checked(path, read)
         self._model = model if pixels else prepare(model, self.mean, self.std)
-        self._outputs, self._threads, self._key, self._profile = outputs, threads, key, facts.profile
+        self._outputs, self._threads, self._key = outputs, threads, key
         self._single: _Request | None = None
         self._compiled: Any = None
 
@@ -83,8 +80,6 @@ class OpenVinoDetector(ExportedDetector):
         """Return the model compiled for ``LATENCY`` or ``THROUGHPUT``."""
         # What is float stays FP32: BF16, the default where the CPU has it, rounds the distances of the map to 8 bits.
         options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": hint}
-        if self._profile == "tensorrt":
-            options["LP_TRANSFORMS_MODE"] = "NO"
         if self._threads is not None:
             options["INFERENCE_NUM_THREADS"] = self._threads
         if self._key is not None:

@@ -69,7 +69,7 @@ def distill(
         recipe,
         patch_size,
         width,
-        PretrainedFeature(backbone, weights),
+        PretrainedFeature(backbone, weights, recipe.layer, recipe.target_size),
         source,
         device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
         report=counting,

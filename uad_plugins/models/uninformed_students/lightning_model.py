@@ -118,7 +118,8 @@ class UninformedStudents(DistillationRecipe, AnomalibModule):
             self._missing = [scale for scale in self._missing if not self._take_bundled(scale)]
         if self._missing:
             # Loaded now: missing weights are found before any image is read.
-            self._pretrained.append(PretrainedFeature(backbone, weights))
+            recipe = self.teacher_recipe
+            self._pretrained.append(PretrainedFeature(backbone, weights, recipe.layer, recipe.target_size))
             self.weights_record = self._pretrained[0].record
 
     model: UninformedStudentsModel
@@ -303,7 +304,7 @@ class UninformedStudents(DistillationRecipe, AnomalibModule):
             down, right = divmod(self.global_step * 5 % self.train_stride**2, self.train_stride)
             images = images[..., down:, right:]
         loss = self.model.deviations(images, self._category_of(batch), self.train_stride).losses.mean()
-        self.log("train_loss", loss.detach(), on_epoch=True, prog_bar=True)
+        self.log("train_loss", loss.detach(), on_epoch=True, prog_bar=True, batch_size=len(images))
         return {"loss": loss}
 
     @staticmethod

@@ -28,6 +28,10 @@ class TeacherRecipe(BaseModel):
         description="What patches are cropped from: a folder of natural images, 'normal' (the training images), or "
         "'procedural' (drawn images).",
     )
+    layer: Literal[2, 3, 4] = Field(4, description="Layer of the pretrained ResNet whose pooled feature is the target.")
+    target_size: int = Field(
+        64, ge=0, description="Smaller patches are enlarged to this side for the pretrained network; 0: never."
+    )
     steps: int = Field(50_000, gt=0, description="Steps of the distillation.")
     batch_size: int = Field(64, gt=1, description="Patches in a step.")
     lr: float = Field(2e-4, gt=0, description="Learning rate of Adam.")

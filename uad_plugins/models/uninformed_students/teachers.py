@@ -13,6 +13,7 @@ from typing import Any, Literal
 import timm
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from uad_plugins.artifacts import atomic_path, cache_folder
 from uad_plugins.errors import UadxError, reason_of
@@ -23,7 +24,7 @@ from uad_plugins.models.uninformed_students.options import TeacherRecipe
 from uad_plugins.models.uninformed_students.patches import PatchSource
 from uad_plugins.progress import Progress
 
-VERSION = 1
+VERSION = 2
 """Changes whenever the same recipe would give another teacher."""
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -58,15 +59,19 @@ class TeacherRecord:
 
 
 class PretrainedFeature(nn.Module):
-    """The pooled feature of a ResNet after its last layer: the target of the distillation.
+    """The pooled feature of a ResNet: the target of the distillation.
+
+    A network that was trained on whole objects says little about 33 pixels in which each of its last features covers all of
+    them; patches are therefore enlarged.
 
     Args:
         backbone: timm ResNet.
-        weights: ``hub``, ``bundled`` or a path. The bundled weights end after layer 3, whose feature is then the target.
+        weights: ``hub``, ``bundled`` or a path.
+        layer: 2, 3 or 4. The bundled weights end after layer 3, whose feature is then the target.
+        size: Smaller patches are enlarged to this side; 0: never.
 
     Attributes:
         record: Where the weights came from.
-        layer: Name of the layer.
 
     Raises:
         UadxError: The weights are missing or of another architecture.
@@ -74,16 +79,18 @@ class PretrainedFeature(nn.Module):
 
     record: WeightsRecord
 
-    def __init__(self, backbone: str, weights: str) -> None:
+    def __init__(self, backbone: str, weights: str, layer: int = 4, size: int = 64) -> None:
         super().__init__()
-        index = 3 if weights == BUNDLED else 4
-        self.layer = f"layer{index}"
-        self.network = timm.create_model(backbone.partition(".")[0], features_only=True, out_indices=[index])
+        self.layer = min(layer, 3) if weights == BUNDLED else layer
+        self.size = size
+        self.network = timm.create_model(backbone.partition(".")[0], features_only=True, out_indices=[self.layer])
         self.record = load_backbone(self.network, backbone, weights)
         self.requires_grad_(False).eval()
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         """Return the feature of patches ``(N, 3, p, p)``, float32 ``(N, n)``."""
+        if patches.shape[-1] < self.size:
+            patches = F.interpolate(patches, size=(self.size, self.size), mode="bilinear", align_corners=False)
         feature: torch.Tensor = self.network(patches)[0]
         return feature.mean(dim=(-2, -1))
 

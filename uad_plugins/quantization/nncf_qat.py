@@ -142,6 +142,7 @@ def quantize(request: QuantizationRequest) -> QuantizationResult:
             student=student if options.scope == "student" else None,
             overflow_fix=fix,
             fast_bias_correction=options.bias_correction == "fast",
+            ranges=options.ranges,
         )
         save_quantized(core, start)
     scales = student_scales(core, graph, student)

@@ -8,11 +8,7 @@ from typing import Any
 import nncf
 import numpy as np
 import openvino
-from nncf.quantization.advanced_parameters import (
-    AdvancedAccuracyRestorerParameters,
-    AdvancedQuantizationParameters,
-    OverflowFix,
-)
+from nncf.quantization.advanced_parameters import AdvancedAccuracyRestorerParameters
 from numpy.typing import NDArray
 
 from uad_plugins.cpu import cpu_flags, saturates
@@ -23,10 +19,10 @@ from uad_plugins.imaging import read_rgb, resize_rgb
 from uad_plugins.quantization.export import save_onnx, save_openvino, to_onnx, to_openvino
 from uad_plugins.quantization.openvino_rules import OpenvinoGraph, quantized_share
 from uad_plugins.quantization.options import OpenvinoOptions
+from uad_plugins.quantization.ranges import advanced_parameters
 from uad_plugins.quantization.referee import rank_correlation
 from uad_plugins.runtime.exported import FloatArray, normalise
 
-FIXES = {"disable": OverflowFix.DISABLE, "first_layer": OverflowFix.FIRST_LAYER, "enable": OverflowFix.ENABLE}
 WITHOUT_LABELS = 32
 """Held-out normal images whose maps are compared where there are no labels."""
 
@@ -49,7 +45,7 @@ def quantize(request: QuantizationRequest) -> QuantizationResult:
         "fast_bias_correction": options.bias_correction == "fast",
         "ignored_scope": nncf.IgnoredScope(names=sorted(n for n in graph.head() & movers if graph.kinds[n] != "Result")),
     }
-    advanced = AdvancedQuantizationParameters(overflow_fix=FIXES[fix])
+    advanced = advanced_parameters(options.ranges, fix)
     calibration = nncf.Dataset(request.calibration)
     details: dict[str, Any] = {"overflow_fix": fix, "cpu": cpu_flags()}
     if options.max_drop is None:

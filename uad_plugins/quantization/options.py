@@ -19,12 +19,21 @@ class Options(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
 
-class OpenvinoOptions(Options):
-    """Options of ``openvino-int8``."""
+class CalibrationOptions(Options):
+    """How the ranges of the quantizers are set."""
 
     bias_correction: Literal["fast", "full"] = Field(
-        "fast", description="One pass over the calibration data, or one a layer."
+        "fast", description="Correct biases in one pass over the calibration data, or in one a layer."
     )
+    ranges: Literal["whole", "mean"] = Field(
+        "whole",
+        description="Range of an activation: all that calibration shows, or NNCF's mean over samples, which clips the rest.",
+    )
+
+
+class OpenvinoOptions(CalibrationOptions):
+    """Options of ``openvino-int8``."""
+
     overflow_fix: Literal["auto", "disable", "first_layer", "enable"] = Field("auto", description=OVERFLOW)
     max_drop: float | None = Field(
         None, gt=0, lt=1, description="Leave layers in float until no category loses more than this; null: quantize all."
@@ -34,12 +43,9 @@ class OpenvinoOptions(Options):
     )
 
 
-class TensorrtOptions(Options):
+class TensorrtOptions(CalibrationOptions):
     """Options of ``tensorrt-int8``."""
 
-    bias_correction: Literal["fast", "full"] = Field(
-        "fast", description="One pass over the calibration data, or one a layer."
-    )
     weights: Literal["float32", "int8"] = Field(
         "float32",
         description="How weights are stored: float32 (every TensorRT) or int8 (a quarter of the size, TensorRT 10).",
@@ -49,7 +55,7 @@ class TensorrtOptions(Options):
     )
 
 
-class QatOptions(Options):
+class QatOptions(CalibrationOptions):
     """Options of ``nncf-qat``."""
 
     epochs: PositiveInt = Field(5, description="Passes over the training images.")
@@ -64,9 +70,6 @@ class QatOptions(Options):
         True, description="Keep the running statistics of BatchNorm; false lets the student's move."
     )
     overflow_fix: Literal["auto", "disable", "first_layer", "enable"] = Field("auto", description=OVERFLOW)
-    bias_correction: Literal["fast", "full"] = Field(
-        "fast", description="Of the start: one pass over the data, or one a layer."
-    )
     batch_size: PositiveInt | None = Field(None, description="Images in a batch; null: as in the run.")
     weights: Literal["float32", "int8"] | None = Field(
         None, description="How ONNX weights are stored; null: int8 for openvino, float32 for tensorrt."

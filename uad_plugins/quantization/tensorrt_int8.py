@@ -25,6 +25,7 @@ def quantize(request: QuantizationRequest) -> QuantizationResult:
             [torch.from_numpy(image) for image in request.calibration],
             profile=TENSORRT,
             fast_bias_correction=options.bias_correction == "fast",
+            ranges=options.ranges,
         )
         whole = True
     else:

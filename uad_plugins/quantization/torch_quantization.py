@@ -18,7 +18,6 @@ from typing import Any
 import nncf
 import nncf.torch
 import torch
-from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, OverflowFix
 from nncf.torch.function_hook.hook_storage import decode_hook_name
 from nncf.torch.function_hook.wrapper import get_hook_storage, wrap_model
 from nncf.torch.quantization.layers import PTQuantizerSpec, SymmetricQuantizer
@@ -28,10 +27,10 @@ from uad_plugins.artifacts import atomic_path, checked
 from uad_plugins.errors import UadxError
 from uad_plugins.quantization.graph import NORM, TRANSPOSED
 from uad_plugins.quantization.quiet import quiet_quantizers
+from uad_plugins.quantization.ranges import advanced_parameters
 from uad_plugins.quantization.scope import TorchGraph
 
 OPENVINO, TENSORRT = "openvino", "tensorrt"
-OVERFLOW_FIXES = {"disable": OverflowFix.DISABLE, "first_layer": OverflowFix.FIRST_LAYER, "enable": OverflowFix.ENABLE}
 
 
 def hooks(model: nn.Module) -> list[tuple[str, SymmetricQuantizer]]:
@@ -51,6 +50,7 @@ def quantize_core(
     student: set[str] | None = None,
     overflow_fix: str = "first_layer",
     fast_bias_correction: bool = True,
+    ranges: str = "whole",
 ) -> nn.Module:
     """Return a copy of a network with fake quantizers, their ranges set by the calibration data.
 
@@ -62,17 +62,17 @@ def quantize_core(
         overflow_fix: ``disable``, ``first_layer`` or ``enable``: weights of half the range, for CPUs without VNNI.
             ``tensorrt`` needs none.
         fast_bias_correction: Correct biases layer by layer in one pass instead of one pass a layer.
+        ranges: ``whole`` or ``mean``; see ``advanced_parameters``.
     """
     with quiet_quantizers():
         graph = TorchGraph.of(core, calibration[0])
-        fix = OverflowFix.DISABLE if profile == TENSORRT else OVERFLOW_FIXES[overflow_fix]
         quantized: nn.Module = nncf.quantize(
             core,
             nncf.Dataset(list(calibration)),
             subset_size=len(calibration),
             ignored_scope=nncf.IgnoredScope(names=graph.ignored(student)),
             fast_bias_correction=fast_bias_correction,
-            advanced_parameters=AdvancedQuantizationParameters(overflow_fix=fix),
+            advanced_parameters=advanced_parameters(ranges, "disable" if profile == TENSORRT else overflow_fix),
         )
         share_equal_inputs(quantized, graph)
         if profile == TENSORRT:

@@ -66,8 +66,8 @@ def metric_loss(descriptor: torch.Tensor, positive: torch.Tensor, negative: torc
 def compactness_loss(descriptor: torch.Tensor) -> torch.Tensor:
     """Return the sum of squared correlations between different *dimensions* of ``(N, d)`` over the batch.
 
-    Squared, not absolute: over a small batch even independent dimensions correlate by chance, and pushing all of those down
-    as hard as the large ones leaves little for the knowledge to be distilled.
+    Squared, not absolute: over a small batch even independent dimensions correlate by chance, and pushing all of those
+    down as hard as the large ones leaves little for the knowledge to be distilled.
     """
     centred = descriptor - descriptor.mean(dim=0)
     unit = centred / centred.norm(dim=0).clamp(min=1e-8)

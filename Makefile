@@ -23,6 +23,7 @@ lint: $(VENV)/.dev
 
 docs: $(VENV)/.dev
 	$(BIN)/python docs/generate.py
+	$(BIN)/python docs/bundle_schema.py
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/train_speed.py

@@ -84,3 +84,22 @@ def trained(products: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "stfpm"
     small_run(products, out)
     return out
+
+
+@pytest.fixture(scope="session")
+def bundle(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run deployed for OpenVINO. Not to be changed."""
+    return _deployed(trained, tmp_path_factory.mktemp("bundles") / "openvino", "openvino-cpu")
+
+
+@pytest.fixture(scope="session")
+def onnx_bundle(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run deployed as ONNX. Not to be changed."""
+    return _deployed(trained, tmp_path_factory.mktemp("bundles") / "onnx", "onnx")
+
+
+def _deployed(run: Path, out: Path, target: str) -> Path:
+    from uad_plugins.deployment.deploy import Order, deploy
+
+    deploy(Order(run, out, target))
+    return out

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -47,7 +48,18 @@ def test_help_lists_every_command(uadx):
     status, out, _ = uadx("--help")
     assert status == 0
     commands = [line.split()[0] for line in out[out.index("Commands:") :].splitlines()[1:] if line.startswith("  ")]
-    assert set(commands) >= {"quickstart", "train", "evaluate", "predict", "thresholds", "doctor", "data", "plugins"}
+    assert set(commands) >= {
+        "quickstart",
+        "train",
+        "evaluate",
+        "predict",
+        "thresholds",
+        "doctor",
+        "data",
+        "plugins",
+        "deploy",
+        "quantize",
+    }
 
 
 def test_version(uadx):
@@ -75,6 +87,14 @@ def test_version(uadx):
         (["evaluate", "RUN", "NOWHERE"], 1, "no such file or folder"),
         (["evaluate", "RUN", "DATA", "--engine", "torhc"], 2, "did you mean 'torch'?"),
         (["predict", "RUN", "DATA", "--category", "washr"], 2, "did you mean 'washer'?"),
+        (["predict", "RUN"], 2, "error: no image to predict\n"),
+        (["predict", "RUN", "--watch", "DATA"], 2, "error: no folder to write the results to\nhint: add --out DIR\n"),
+        (["predict", "RUN", "DATA", "--watch", "DATA", "--out", "OUT"], 2, "--watch takes the place of PATH"),
+        (["deploy", "RUN"], 2, "error: no place to write the bundle to\nhint: add --out BUNDLE\n"),
+        (["deploy", "RUN", "--out", "OUT", "--target", "openvino"], 2, "did you mean 'openvino-cpu'?"),
+        (["deploy", "RUN", "--out", "OUT", "--precision", "int8"], 2, "for int8 quantize first: uadx quantize"),
+        (["deploy", "DATA", "--out", "OUT"], 1, "neither a run nor a quantized model"),
+        (["deploy", "RUN", "--out", "DATA"], 1, "exists and is not a bundle"),
         (["data", "check", "NOWHERE"], 1, "no such file or folder"),
         (["data", "check", "DATA", "--layout", "vissa"], 2, "did you mean 'visa'?"),
         (["data", "synth", "DATA"], 1, "exists and is not an empty folder"),
@@ -298,3 +318,46 @@ def test_the_output_can_be_cut_off(products, trained):
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, timeout=120)
     assert done.stdout.count("\n") == 1
     assert "Traceback" not in done.stderr
+
+
+def test_deploy_prints_one_json_document_and_its_bundle_predicts(uadx, trained, products, tmp_path):
+    status, out, err = uadx("deploy", trained, "--out", tmp_path / "b.zip", "--json", "--no-pictures")
+    assert status == 0, err
+    document = json.loads(out)
+    assert document["out"] == str(tmp_path / "b.zip")
+    assert (document["target"], document["precision"]) == ("openvino-cpu", "fp32")
+    status, out, err = uadx("deploy", trained, "--out", tmp_path / "b.zip", "--overwrite", "--precision", "fp16")
+    assert status == 0, err
+    assert out.splitlines()[-1].endswith("verified")
+    images = products / "washer" / "test" / "good"
+    status, out, err = uadx(
+        "predict", tmp_path / "b.zip", images, "--category", "washer", "--out", tmp_path / "maps", "--json"
+    )
+    assert status == 0, err
+    rows = json.loads(out)["predictions"]
+    assert len(rows) == 4
+    assert all((tmp_path / "maps" / row["map"]).exists() for row in rows)
+    status, out, err = uadx("predict", tmp_path / "b.zip", images, "--engine", "onnxruntime")
+    assert (status, out) == (1, "")
+    assert "the engine 'onnxruntime' does not run it" in err
+
+
+def test_predict_watch_writes_lines_until_it_is_stopped(uadx, bundle, products, tmp_path, monkeypatch):
+    from uad_plugins.evaluation import watch
+
+    original = watch.Watch.run
+
+    def four(self, detector):
+        for number, row in enumerate(original(self, detector), start=1):
+            yield row
+            if number == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(watch.Watch, "run", four)
+    images = products / "washer" / "test" / "good"
+    status, out, err = uadx("predict", bundle, "--watch", images, "--out", tmp_path / "out")
+    assert status == 0, err
+    assert len(out.splitlines()) == 4
+    assert "stopped after 4 images" in err
+    assert len((tmp_path / "out" / "predictions.jsonl").read_text().splitlines()) == 4
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

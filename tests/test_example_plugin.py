@@ -161,7 +161,8 @@ def signature(hook):
 def rows(cls):
     """The table of a dataclass: field and type, with the default."""
     for item in fields(cls):
-        default = {MISSING: ""}.get(item.default, f" = {item.default!r}")
+        value = item.default.__name__ if isinstance(item.default, type) else repr(item.default)
+        default = {MISSING: ""}.get(item.default, f" = {value}")
         yield item.name, f"{item.type}{default}".replace("|", "\\|")
 
 

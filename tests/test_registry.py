@@ -48,7 +48,8 @@ def test_the_built_in_plugins_come_through_the_same_hooks(install):
     loaded = module.load()
     assert loaded.names("layout") == ["folder", "index", "mvtec", "visa"]
     assert loaded.names("model") == ["anomalib", "reverse_distillation", "stfpm", "uninformed_students"]
-    assert loaded.names("runtime") == ["onnxruntime", "openvino", "torch"]
+    assert loaded.names("runtime") == ["onnxruntime", "openvino", "tensorrt", "torch"]
+    assert loaded.names("target") == ["onnx", "openvino-cpu", "ovms", "tensorrt-jetson", "triton"]
     assert loaded.names("quantizer") == ["fp16", "fp32", "nncf-qat", "openvino-int8", "tensorrt-int8"]
     assert {entry.distribution for entry in loaded.entries.values()} == {"uadx"}
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from uad_plugins.errors import UadxError
 from uad_plugins.evaluation.thresholds import Thresholds
-from uad_plugins.imaging import ImageError, RgbImage, read_rgb, resize_rgb
+from uad_plugins.imaging import ImageError, RgbImage, resize_rgb, to_rgb
 from uad_plugins.registry import registry
 
 
@@ -120,8 +120,8 @@ class Detector(ABC):
         remaining = zip(paths, categories if categories is not None else repeat(None), strict=False)
         with ThreadPoolExecutor(max_workers=readers) as pool:
 
-            def submit(path: str, category: str | None) -> tuple[str, str | None, Future[_Decoded]]:
-                return path, category, pool.submit(_decode, path, self.image_size)
+            def submit(path: str, category: str | None) -> tuple[str, str | None, Future[Decoded]]:
+                return path, category, pool.submit(decode, path, self.image_size)
 
             waiting = [submit(*item) for item in islice(remaining, 2 * batch_size)]
             while waiting:
@@ -130,7 +130,7 @@ class Detector(ABC):
                 waiting += [submit(*item) for item in islice(remaining, batch_size)]
                 yield from self._score(decoded)
 
-    def _score(self, decoded: Sequence[tuple[str, str | None, _Decoded]]) -> Iterator[Prediction]:
+    def _score(self, decoded: Sequence[tuple[str, str | None, Decoded]]) -> Iterator[Prediction]:
         good = [item.pixels for _, _, item in decoded if item.pixels is not None]
         scores, maps = np.empty(0, np.float32), np.empty((0, 0, 0), np.float32)
         if good and self.by_category:
@@ -148,25 +148,39 @@ class Detector(ABC):
 
 
 @dataclass(frozen=True)
-class _Decoded:
+class Decoded:
+    """An image made ready for a network.
+
+    Attributes:
+        pixels: uint8 ``(H, W, 3)`` at the network's input size; None when it could not be read.
+        size: ``(height, width)`` of the source image, upright.
+        error: Why it could not be read.
+    """
+
     pixels: RgbImage | None
     size: tuple[int, int] = (0, 0)
     error: str = ""
 
 
-def _decode(path: str, size: tuple[int, int]) -> _Decoded:
+def decode(path: str, size: tuple[int, int]) -> Decoded:
+    """Decode and resize an image; one that cannot be read is an answer too.
+
+    Args:
+        path: Image file, or whatever else ``imaging.to_rgb`` takes.
+        size: ``(height, width)`` to resize to.
+    """
     try:
-        image = read_rgb(path)
-        return _Decoded(resize_rgb(image, size), (image.height, image.width))
+        image = to_rgb(path)
+        return Decoded(resize_rgb(image, size), (image.height, image.width))
     except ImageError as error:
-        return _Decoded(None, error=error.message.removeprefix(f"{path}: "))
+        return Decoded(None, error=error.message.removeprefix(f"{path}: "))
 
 
 def open_detector(folder: str | Path, engine: str | None = None) -> Detector:
     """Open a run, a quantized model or a bundle.
 
     Args:
-        folder: The station's folder.
+        folder: The station's folder, or the file of a zipped bundle.
         engine: Name of a runtime plugin; None takes the first that knows this kind of folder.
 
     Raises:
@@ -178,11 +192,16 @@ def open_detector(folder: str | Path, engine: str | None = None) -> Detector:
         raise UadxError(f"{folder}: no such file or folder", "give the folder that 'uadx train --out' wrote")
     runtimes = [registry().get("runtime", engine)] if engine else registry().items("runtime")
     answers: list[str] = []
+    missing: list[str] = []
     for runtime in sorted(runtimes, key=lambda item: -item.priority):
         try:
             detector: Detector | None = runtime.open(folder)
         except UadxError:
             raise
+        except ModuleNotFoundError as error:
+            answers.append(f"{runtime.name}: {error}")
+            missing += [item.install for item in runtime.requires if item.module == (error.name or "").partition(".")[0]]
+            continue
         except Exception as error:
             # An engine may be foreign code: the others must still be asked.
             answers.append(f"{runtime.name}: {type(error).__name__}: {error}")
@@ -190,4 +209,9 @@ def open_detector(folder: str | Path, engine: str | None = None) -> Detector:
         if detector is not None:
             return detector
         answers.append(runtime.name)
+    if missing:
+        which = f"the engine '{engine}'" if engine else "an engine for it"
+        raise UadxError(f"{folder}: {which} is not installed", " or ".join(dict.fromkeys(missing)))
+    if engine:
+        raise UadxError(f"{folder}: the engine '{engine}' does not run it", "leave --engine out: the one that does is found")
     raise UadxError(f"{folder}: not a run, a quantized model or a bundle", f"engines asked: {', '.join(answers)}")

@@ -182,19 +182,79 @@ class QuantizerPlugin:
 
 
 @dataclass(frozen=True)
+class PackagingRequest:
+    """What a target is given.
+
+    Attributes:
+        models: Exported model by format: ``onnx`` (``model.onnx``) and ``openvino`` (``model.xml``, the ``.bin`` beside it),
+            one or both. Input: one normalised image, float32 ``(1, 3, H, W)``; first output the score ``(1,)``, second the
+            map ``(1, H, W)``.
+        image_size: ``(height, width)`` in pixels.
+        mean: Of the RGB channels of images in 0..1, for normalising.
+        std: The same.
+        precision: ``int8``, ``fp16`` or ``fp32``.
+        profile: Rules that a quantized graph follows: ``openvino``, ``tensorrt`` or ``float``.
+        whole: Every convolution of the network is quantized.
+        options: The target's own, validated.
+        folder: Where to write the files of the bundle.
+    """
+
+    models: dict[str, Path]
+    image_size: tuple[int, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    precision: str
+    profile: str
+    whole: bool
+    options: Any
+    folder: Path
+
+
+@dataclass(frozen=True)
+class PackagingResult:
+    """What a target has written.
+
+    Attributes:
+        onnx: The model as ONNX, by its path below the folder; None: there is none.
+        openvino: The same for OpenVINO (the ``.xml``).
+        input_name: Name of the model's input.
+        pixels: It takes 8-bit pixels, uint8 ``(1, H, W, 3)`` RGB, and normalises them itself; otherwise normalised float32
+            ``(1, 3, H, W)``.
+        outputs: Names of score and map.
+        usage: How the bundle is run, in Markdown, for its model card; ``{bundle}`` stands for its name.
+        checks: What the target's rules found wrong, by rule: an empty list for a rule that is kept. Anything found fails the
+            deployment.
+        details: What else is to be remembered, as plain data.
+    """
+
+    input_name: str
+    outputs: tuple[str, str]
+    onnx: str | None = None
+    openvino: str | None = None
+    pixels: bool = False
+    usage: str = ""
+    checks: dict[str, list[str]] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class TargetPlugin:
-    """A device that a bundle is packaged for.
+    """A device or server that a bundle is packaged for.
+
+    Export, hashes, manifest, model card and verification are the same for all targets and done by ``uadx deploy``.
 
     Attributes:
         name: What ``--target`` takes.
         summary: One line for listings.
-        package: Keyword arguments ``source`` (a run or a quantized model), ``out`` and the target's options -> the bundle.
+        package: Writes the target's files and says what they are. Raises ``UadxError`` for what the user can put right.
+        options: Pydantic model of the target's own options (``--set``); every field has a default and a description.
         requires: What must be installed on the machine that packages.
     """
 
     name: str
     summary: str
-    package: Callable[..., Path]
+    package: Callable[[PackagingRequest], PackagingResult]
+    options: type[BaseModel] = NoOptions
     requires: tuple[Requirement, ...] = ()
 
 
@@ -205,8 +265,8 @@ class RuntimePlugin:
     Attributes:
         name: What ``--engine`` takes.
         summary: One line for listings.
-        open: Folder of a station (run, quantized model or bundle) -> a ``Detector``; None when this engine does not take
-            that kind of folder.
+        open: Folder of a station (run, quantized model or bundle), or file of a zipped bundle -> a ``Detector``; None when
+            this engine does not take that kind.
         requires: What must be installed on the machine that runs it.
         priority: Decides between engines that can open the same folder; higher wins.
     """

@@ -79,6 +79,33 @@ def read_rgb(path: str | os.PathLike[str]) -> Image.Image:
             raise ImageError(f"{path}: {_reason(path, error)}") from error
 
 
+def to_rgb(source: str | os.PathLike[str] | Image.Image | NDArray[np.uint8]) -> Image.Image:
+    """Return an image as 8-bit RGB, upright: what ``read_rgb`` makes of a file, from whatever holds the image.
+
+    Args:
+        source: Image file, Pillow image of any mode, or uint8 array ``(H, W, 3)`` in RGB order or ``(H, W)`` in grey.
+
+    Raises:
+        ImageError: It is something else, has no pixels or too many, or cannot be decoded.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        return read_rgb(source)
+    if isinstance(source, Image.Image):
+        try:
+            return _to_rgb(ImageOps.exif_transpose(source), "image")
+        except _DAMAGE as error:
+            raise ImageError(f"image: cannot be decoded: {error}") from error
+    if not isinstance(source, np.ndarray) or source.dtype != np.uint8 or not _is_picture(source.shape):
+        found = f"{source.dtype} array {source.shape}" if isinstance(source, np.ndarray) else type(source).__name__
+        raise ImageError(f"image: {found} is neither a path, a Pillow image nor a uint8 array (H, W, 3) or (H, W)")
+    return Image.fromarray(np.ascontiguousarray(source)).convert("RGB")
+
+
+def _is_picture(shape: tuple[int, ...]) -> bool:
+    known = len(shape) == 2 or (len(shape) == 3 and shape[2] == 3)
+    return known and 0 < shape[0] * shape[1] <= MAX_PIXELS
+
+
 def read_mask(path: str | os.PathLike[str]) -> NDArray[np.bool_]:
     """Decode a ground-truth mask: bool array ``(H, W)``, True where any channel is above 0 (JPEG: above half).
 

@@ -22,6 +22,7 @@ BUILTINS = (
     "uad_plugins.models.plugin",
     "uad_plugins.runtime.plugin",
     "uad_plugins.quantization.plugin",
+    "uad_plugins.deployment.plugin",
 )
 LOAD_VARIABLE = "UADX_LOAD_PLUGINS"
 STRICT_VARIABLE = "UADX_STRICT_PLUGINS"

@@ -12,7 +12,7 @@ import typer
 from uad_plugins.errors import UadxError
 from uad_plugins.registry import registry
 from uadx import __version__
-from uadx.commands import data, doctor, evaluate, plugins, predict, quantize, quickstart, teacher, thresholds, train
+from uadx.commands import data, deploy, doctor, evaluate, plugins, predict, quantize, quickstart, teacher, thresholds, train
 
 app = typer.Typer(
     name="uadx",
@@ -44,6 +44,7 @@ app.command("quickstart")(quickstart.quickstart)
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("quantize")(quantize.quantize)
+app.command("deploy")(deploy.deploy)
 app.command("predict")(predict.predict)
 app.command("thresholds")(thresholds.thresholds)
 app.add_typer(data.app, name="data")

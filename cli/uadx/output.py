@@ -27,6 +27,12 @@ def emit_json(content: Any) -> None:
     sys.stdout.write(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def emit_line(content: Any) -> None:
+    """Print one JSON document as one line on stdout, at once."""
+    sys.stdout.write(json.dumps(content, allow_nan=False) + "\n")
+    sys.stdout.flush()
+
+
 def table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table on stdout; the first column is left-aligned, the others too where they are not numbers."""
     from rich import box

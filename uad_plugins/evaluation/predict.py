@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ def predict(
     *,
     category: str | None = None,
     out: Path | None = None,
+    names: Mapping[str, str] | None = None,
     batch_size: int = 16,
     progress: Progress | None = None,
 ) -> Iterator[dict[str, Any]]:
@@ -55,6 +56,7 @@ def predict(
         paths: Image files.
         category: The product shown, for its threshold; None uses the pooled threshold.
         out: Folder for overlays at the size of each source image; None writes none.
+        names: Overlay of each image, by its path below ``out``; None: named after the images.
         batch_size: Images scored together.
         progress: Called as images are done.
 
@@ -66,7 +68,7 @@ def predict(
     if not paths:
         raise UsageError("no image to predict", "give files, folders or globs; PNG, JPEG, BMP, TIFF and WebP are read")
     threshold = detector.thresholds.of(category)
-    names = picture_names(paths, ".png")
+    names = picture_names(paths, ".png") if names is None else names
     predictions = detector.stream(paths, categories=repeat(category), batch_size=batch_size)
     for done, prediction in enumerate(predictions, start=1):
         row = _row(prediction, category, threshold)

@@ -19,7 +19,7 @@ from uad_plugins.detector import Detector
 from uad_plugins.errors import UadxError, UsageError
 from uad_plugins.evaluation.evaluate import evaluate
 from uad_plugins.evaluation.thresholds import NO_THRESHOLDS, NORMAL_FPR, thresholds_from_samples
-from uad_plugins.hookspecs import QuantizationRequest, QuantizationResult, QuantizerPlugin
+from uad_plugins.hookspecs import QuantizationRequest, QuantizationResult, QuantizerPlugin, TargetPlugin
 from uad_plugins.models.torch_detector import TorchDetector
 from uad_plugins.quantization import audit as auditing
 from uad_plugins.quantization.calibration import calibrate
@@ -144,8 +144,8 @@ def quantize(order: Order, tell: Callable[[str], None] = lambda _: None) -> Quan
         return _judge(station, manifest, request, result, reference, judged_on, labelled=order.data is not None)
 
 
-def validated(plugin: QuantizerPlugin, given: Mapping[str, Any]) -> BaseModel:
-    """Validate a backend's options.
+def validated(plugin: QuantizerPlugin | TargetPlugin, given: Mapping[str, Any]) -> BaseModel:
+    """Validate the options of a backend or a target.
 
     Raises:
         UsageError: One is unknown (with the nearest name) or out of range.

@@ -1,4 +1,4 @@
-"""Registers the engines for exported models."""
+"""Registers the engines for exported models: of bundles and of quantized models."""
 
 from __future__ import annotations
 
@@ -11,43 +11,72 @@ if TYPE_CHECKING:
     from uad_plugins.detector import Detector
 
 
-def _open_openvino(folder: Path) -> Detector | None:
+def _open_openvino(path: Path) -> Detector | None:
     from uad_plugins.runtime.exported import find_model
 
-    found = find_model(folder, ("model.xml", "model.onnx"))
+    found = find_model(path, ("openvino", "onnx"))
     if found is None:
         return None
     from uad_plugins.runtime.openvino_detector import OpenVinoDetector
 
-    return OpenVinoDetector(*found, name=str(folder))
+    return OpenVinoDetector(
+        found.path,
+        found.facts,
+        found.thresholds,
+        str(path),
+        pixels=found.pixels,
+        outputs=found.outputs,
+        key=found.key,
+    )
 
 
-def _open_onnxruntime(folder: Path) -> Detector | None:
+def _open_onnxruntime(path: Path) -> Detector | None:
     from uad_plugins.runtime.exported import find_model
 
-    found = find_model(folder, ("model.onnx",))
+    found = find_model(path, ("onnx",))
     if found is None:
         return None
     from uad_plugins.runtime.onnxruntime_detector import OnnxRuntimeDetector
 
-    return OnnxRuntimeDetector(*found, name=str(folder))
+    return OnnxRuntimeDetector(found.path, found.facts, found.thresholds, str(path), outputs=found.outputs)
+
+
+def _open_tensorrt(path: Path) -> Detector | None:
+    from uad_plugins.deployment.bundle import Bundle, is_bundle
+
+    bundle = Bundle.open(path) if is_bundle(path) else None
+    if bundle is None or bundle.manifest.target != "tensorrt-jetson":
+        return None
+    from uad_plugins.runtime.tensorrt_detector import TensorRtDetector
+
+    return TensorRtDetector(bundle)
 
 
 @hookimpl
 def uadx_register_runtimes() -> list[RuntimePlugin]:
-    """Return OpenVINO and ONNX Runtime."""
+    """Return TensorRT, OpenVINO and ONNX Runtime."""
     return [
         RuntimePlugin(
             name="openvino",
-            summary="runs a quantized model on Intel and ARM CPUs",
+            summary="runs bundles and quantized models on Intel and ARM CPUs",
             open=_open_openvino,
-            requires=(Requirement("openvino", "pip install 'uadx[openvino]'"),),
+            requires=(Requirement("openvino", "pip install 'uadx[openvino-runtime]'"),),
             priority=1,
         ),
         RuntimePlugin(
             name="onnxruntime",
-            summary="runs a quantized model with ONNX Runtime",
+            summary="runs bundles and quantized models with ONNX Runtime",
             open=_open_onnxruntime,
-            requires=(Requirement("onnxruntime", "pip install 'uadx[onnx]'"),),
+            requires=(Requirement("onnxruntime", "pip install 'uadx[onnx-runtime]'"),),
+        ),
+        RuntimePlugin(
+            name="tensorrt",
+            summary="runs bundles for Jetson on an NVIDIA GPU",
+            open=_open_tensorrt,
+            requires=(
+                Requirement("tensorrt", "pip install 'uadx[tensorrt]'"),
+                Requirement("pycuda", "pip install 'uadx[tensorrt]'"),
+            ),
+            priority=2,
         ),
     ]

@@ -25,17 +25,26 @@ pytest.register_assert_rewrite(
     "uad_plugins.testing.models",
     "uad_plugins.testing.quantizers",
     "uad_plugins.testing.runtimes",
+    "uad_plugins.testing.targets",
 )
 
 from uad_plugins.testing.common import Conformance  # noqa: E402
 from uad_plugins.testing.layouts import LayoutConformance  # noqa: E402
 from uad_plugins.testing.runtimes import RuntimeConformance  # noqa: E402
+from uad_plugins.testing.targets import TargetConformance  # noqa: E402
 
 if TYPE_CHECKING:
     from uad_plugins.testing.models import ModelConformance
     from uad_plugins.testing.quantizers import QuantizerConformance
 
-__all__ = ["Conformance", "LayoutConformance", "ModelConformance", "QuantizerConformance", "RuntimeConformance"]
+__all__ = [
+    "Conformance",
+    "LayoutConformance",
+    "ModelConformance",
+    "QuantizerConformance",
+    "RuntimeConformance",
+    "TargetConformance",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,7 @@ from uadx.output import counting, emit_json, note, table
 
 
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="Trained run, or quantized model.", metavar="RUN")],
+    run: Annotated[Path, typer.Argument(help="Bundle, quantized model or trained run.", metavar="BUNDLE|RUN")],
     data: Annotated[str, typer.Argument(help="Folder of images, or index file; its test split is used.", metavar="DATA")],
     out: Annotated[
         Path | None,
@@ -26,7 +26,7 @@ def evaluate(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Measure a run on a labelled test set, category by category."""
+    """Measure a bundle, a quantized model or a run on a labelled test set, category by category."""
     from uad_plugins.data.layouts import scan
     from uad_plugins.detector import open_detector
 

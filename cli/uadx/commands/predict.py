@@ -2,37 +2,59 @@
 
 from __future__ import annotations
 
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 from typing import Annotated, Any
 
 import typer
 
-from uadx.output import counting, emit_json, note, say
+from uad_plugins.errors import UsageError
+from uadx.output import counting, emit_json, emit_line, note, say
 
 
 def predict(
-    run: Annotated[Path, typer.Argument(help="Trained run, or quantized model.", metavar="RUN")],
-    paths: Annotated[list[str], typer.Argument(help="Image files, folders or globs.", metavar="PATH...")],
+    run: Annotated[Path, typer.Argument(help="Bundle, quantized model or trained run.", metavar="BUNDLE|RUN")],
+    paths: Annotated[list[str] | None, typer.Argument(help="Image files, folders or globs.", metavar="PATH...")] = None,
     category: Annotated[str | None, typer.Option("--category", help="The product shown, for its own threshold.")] = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder for heat maps and predictions.csv.", metavar="DIR")
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images scored together.")] = 16,
     engine: Annotated[
-        str | None, typer.Option("--engine", help="What executes the model; chosen by itself otherwise.")
+        str | None,
+        typer.Option(
+            "--engine", help="What executes the model: openvino, onnxruntime, tensorrt, torch; chosen by itself otherwise."
+        ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    watch: Annotated[
+        Path | None,
+        typer.Option(
+            "--watch", help="Score images as they arrive in this folder, into --out/predictions.jsonl.", metavar="DIR"
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON document (with --watch: one JSON line an image).")
+    ] = False,
 ) -> None:
     """Find anomalies in images: score, threshold, verdict and heat map for each.
 
     An image that cannot be read gets an error in its row, the others go on, and the exit status is 1.
     """
+    if watch is not None:
+        _watch(run, paths, watch, out, category, engine, as_json)
+        return
     from uad_plugins.artifacts import write_text
     from uad_plugins.detector import open_detector
     from uad_plugins.evaluation.predict import find_images
     from uad_plugins.evaluation.predict import predict as score
     from uad_plugins.evaluation.rows import to_csv
 
+    if not paths:
+        raise UsageError("no image to predict", "give files, folders or globs, or a folder to watch: --watch DIR")
     files = find_images(paths)
     rows: list[dict[str, Any]] = []
     with open_detector(run, engine) as detector, counting("scoring images") as progress:
@@ -60,10 +82,62 @@ def predict(
         raise typer.Exit(1)
 
 
+def _watch(
+    run: Path,
+    paths: list[str] | None,
+    folder: Path,
+    out: Path | None,
+    category: str | None,
+    engine: str | None,
+    as_json: bool,
+) -> None:
+    """Score images as they arrive, until SIGTERM or Ctrl-C."""
+    from uad_plugins.detector import open_detector
+    from uad_plugins.evaluation.watch import Watch
+
+    if paths:
+        raise UsageError("--watch takes the place of PATH", "give one of them")
+    if out is None:
+        raise UsageError("no folder to write the results to", "add --out DIR")
+    with open_detector(run, engine) as detector, _stopping() as stop:
+        watch = Watch(folder.expanduser(), out.expanduser(), category, stop, tell=note)
+        note(f"watching {folder}; results: {out / 'predictions.jsonl'}")
+        count = 0
+        for row in watch.run(detector):
+            count += 1
+            if as_json:
+                emit_line(row)
+            else:
+                _show(row)
+                sys.stdout.flush()
+    note(f"stopped after {count} images")
+
+
+@contextmanager
+def _stopping() -> Iterator[Event]:
+    """Yield an event that SIGTERM and Ctrl-C set; a second one ends the program at once."""
+    stop = Event()
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def ask(number: int, _frame: Any) -> None:
+        stop.set()
+        signal.signal(number, before[signal.Signals(number)])
+
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def _show(row: dict[str, Any]) -> None:
     from uad_plugins.evaluation.rows import describe
 
     if row["error"] is not None:
         say(f"{'error':<9}  {'':>18}  {row['path']}: {row['error']}")
+    elif row["threshold"] is None:
+        say(f"{row['verdict']:<9}  {row['score']:>18.4g}  {row['path']}")
     else:
         say(f"{row['verdict']:<9}  {describe(row['score'], row['threshold']):>18}  {row['path']}")

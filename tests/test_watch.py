@@ -1,0 +1,270 @@
+"""The folder watcher, as a process of its own: nothing lost, nothing twice, whatever happens to it."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from uad_plugins.detector import open_detector
+from uad_plugins.errors import UadxError, UsageError
+from uad_plugins.evaluation.watch import RESULTS, Watch
+
+
+def picture(path, seed=0, side=64):
+    pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3)).astype(np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def rows_of(out):
+    path = out / RESULTS
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def watcher(bundle, folder, out, *words):
+    """Run the command until the block ends; yields the process."""
+    command = [sys.executable, "-m", "uadx", "predict", str(bundle), "--watch", str(folder), "--out", str(out), *words]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def test_images_are_scored_as_they_arrive_and_a_restart_does_none_twice(bundle, tmp_path):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    for number in range(3):
+        picture(folder / f"{number}.png", number)
+    with watcher(bundle, folder, out, "--category", "washer", "--json") as process:
+        until(lambda: len(rows_of(out)) == 3)
+        picture(folder / "shift2" / "late.png", 9)
+        (folder / "notes.txt").write_text("no image")
+        until(lambda: len(rows_of(out)) == 4)
+        process.send_signal(signal.SIGTERM)
+        printed, said = process.communicate(timeout=30)
+        assert process.returncode == 0, said
+    assert "stopped after 4 images" in said
+    assert [json.loads(line) for line in printed.splitlines()] == rows_of(out)
+    rows = rows_of(out)
+    assert {Path(row["path"]).name for row in rows} == {"0.png", "1.png", "2.png", "late.png"}
+    assert all(row["error"] is None and Path(row["map"]).exists() and row["category"] == "washer" for row in rows)
+    with open_detector(bundle) as detector:
+        wanted = {item.path: item.score for item in detector.stream([row["path"] for row in rows])}
+    assert all(row["score"] == pytest.approx(wanted[row["path"]]) for row in rows)
+
+    picture(folder / "3.png", 3)
+    with watcher(bundle, folder, out) as process:
+        until(lambda: len(rows_of(out)) == 5)
+        time.sleep(1.5)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert "stopped after 1 images" in said
+    assert rows_of(out)[:4] == rows
+    assert Path(rows_of(out)[4]["path"]).name == "3.png"
+
+
+def test_a_killed_watcher_loses_nothing(bundle, tmp_path):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    for number in range(30):
+        picture(folder / f"{number:02d}.png", number)
+    with watcher(bundle, folder, out) as process:
+        until(lambda: len(rows_of(out)) >= 3)
+        process.kill()
+        process.wait()
+    before = len((out / RESULTS).read_bytes().splitlines())
+    # As after a power cut: the last line is there in part.
+    with (out / RESULTS).open("ab") as file:
+        file.write(b'{"path": "' + str(folder).encode())
+    with watcher(bundle, folder, out) as process:
+        until(lambda: len([1 for line in (out / RESULTS).read_bytes().splitlines() if line.endswith(b"}")]) == 30)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=30)
+    assert process.returncode == 0, said
+    assert f"stopped after {30 - before} images" in said
+    assert sorted(Path(row["path"]).name for row in rows_of(out)) == [f"{number:02d}.png" for number in range(30)]
+
+
+class Running:
+    """A watcher in a thread, with short times."""
+
+    def __init__(self, bundle, folder, out, **settings):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.watch = Watch(folder, out, **{"interval": 0.05, "patience": 0.6, **settings})
+        self.rows, self.said = [], []
+        self.watch.tell = self.said.append
+        self.thread = threading.Thread(target=self._run, args=(bundle,))
+
+    def _run(self, bundle):
+        with open_detector(bundle) as detector:
+            for row in self.watch.run(detector):
+                self.rows.append(row)
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.watch.stop.set()
+        self.thread.join(30)
+        assert not self.thread.is_alive()
+
+
+def test_a_half_written_image_is_waited_for(bundle, tmp_path):
+    whole = picture(tmp_path / "whole.png", side=200).read_bytes()
+    path = tmp_path / "in" / "slow.png"
+    with Running(bundle, tmp_path / "in", tmp_path / "out", patience=30.0) as running:
+        for end in range(0, len(whole), len(whole) // 5 + 1):
+            with path.open("ab") as file:
+                file.write(whole[end : end + len(whole) // 5 + 1])
+            time.sleep(0.3)
+        until(lambda: running.rows)
+    (row,) = running.rows
+    assert row["error"] is None
+    assert row["bytes"] == len(whole)
+
+
+def test_a_bad_image_gets_an_error_once_it_is_left_alone(bundle, tmp_path):
+    whole = picture(tmp_path / "whole.png").read_bytes()
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "bad.png").write_bytes(whole[:500])
+    (folder / "empty.png").touch()
+    picture(folder / "good.png")
+    with Running(bundle, folder, tmp_path / "out") as running:
+        until(lambda: len(running.rows) == 3)
+        assert running.rows[0]["path"].endswith("good.png"), "bad images hold no good ones up"
+        # Sent again, whole this time: another image under the same name.
+        (folder / "bad.png").write_bytes(whole)
+        until(lambda: len(running.rows) == 4)
+    errors = {Path(row["path"]).name: row["error"] for row in rows_of(tmp_path / "out")[:3]}
+    assert errors["good.png"] is None
+    assert errors["empty.png"] == "empty file"
+    assert "truncated" in errors["bad.png"]
+    assert running.rows[3]["path"].endswith("bad.png")
+    assert running.rows[3]["error"] is None
+
+
+def test_images_that_vanish_and_a_share_that_goes_away_are_survived(bundle, tmp_path):
+    folder = tmp_path / "in"
+    picture(folder / "a.png")
+    with Running(bundle, folder, tmp_path / "out") as running:
+        until(lambda: len(running.rows) == 1)
+        folder.rename(tmp_path / "away")
+        until(lambda: running.said)
+        (tmp_path / "away").rename(folder)
+        picture(folder / "b.png", 1)
+        until(lambda: len(running.rows) == 2)
+        (folder / "a.png").unlink()
+        picture(folder / "c.png", 2)
+        until(lambda: len(running.rows) == 3)
+    assert "cannot be read now" in running.said[0]
+    assert [Path(row["path"]).name for row in running.rows] == ["a.png", "b.png", "c.png"]
+
+
+def test_names_that_differ_in_their_ending_have_maps_of_their_own(bundle, tmp_path):
+    for name in ("a.png", "a.jpg", "b/a.png"):
+        picture(tmp_path / "in" / name)
+    with Running(bundle, tmp_path / "in", tmp_path / "out") as running:
+        until(lambda: len(running.rows) == 3)
+    assert len({row["map"] for row in running.rows}) == 3
+    assert all(Path(row["map"]).is_relative_to(tmp_path / "out") for row in running.rows)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks there")
+def test_two_watchers_of_one_result_are_refused(bundle, tmp_path):
+    picture(tmp_path / "in" / "a.png")
+    with Running(bundle, tmp_path / "in", tmp_path / "out") as running, open_detector(bundle) as detector:
+        until(lambda: running.rows)
+        with pytest.raises(UadxError, match="another watcher is writing to it"):
+            next(Watch(tmp_path / "in", tmp_path / "out").run(detector))
+
+
+def test_what_cannot_be_watched_is_refused(bundle, tmp_path):
+    picture(tmp_path / "in" / "a.png")
+    with open_detector(bundle) as detector:
+        for out in (tmp_path / "in", tmp_path / "in" / "results"):
+            with pytest.raises(UsageError, match="lies in the folder that is watched"):
+                next(Watch(tmp_path / "in", out).run(detector))
+        with pytest.raises(UadxError, match="no such folder"):
+            next(Watch(tmp_path / "nowhere", tmp_path / "out").run(detector))
+        with pytest.raises(UsageError, match="unknown category"):
+            next(Watch(tmp_path / "in", tmp_path / "out", "washr").run(detector))
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out" / RESULTS).write_text("a line of something else\n")
+        with pytest.raises(UadxError, match="is not a watcher's file"):
+            next(Watch(tmp_path / "in", tmp_path / "out").run(detector))
+    assert (tmp_path / "out" / RESULTS).read_text() == "a line of something else\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no full disk at hand")
+def test_a_full_disk_ends_it_with_one_line(bundle, tmp_path, monkeypatch):
+    picture(tmp_path / "in" / "a.png")
+    real = os.fsync
+
+    def full(handle):
+        if Path(f"/proc/self/fd/{handle}").readlink().name == RESULTS:
+            raise OSError(28, "No space left on device")
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with open_detector(bundle) as detector, pytest.raises(UadxError, match="No space left on device"):
+        next(Watch(tmp_path / "in", tmp_path / "out", interval=0.05).run(detector))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="no /proc")
+def test_every_row_is_on_the_disk_before_it_is_told(bundle, tmp_path, monkeypatch):
+    for number in range(4):
+        picture(tmp_path / "in" / f"{number}.png", number)
+    synced, real = [], os.fsync
+
+    def noting(handle):
+        if Path(f"/proc/self/fd/{handle}").readlink().name == RESULTS:
+            synced.append(len(rows_of(tmp_path / "out")))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", noting)
+    with open_detector(bundle) as detector:
+        watch = Watch(tmp_path / "in", tmp_path / "out", interval=0.05)
+        for count, _ in enumerate(watch.run(detector), start=1):
+            assert synced == list(range(1, count + 1))
+            if count == 4:
+                watch.stop.set()
+
+
+def test_the_names_of_the_results_are_no_news(bundle, tmp_path):
+    """A file name that is no text survives the way through JSON."""
+    folder = tmp_path / "in"
+    source = picture(tmp_path / "a.png")
+    folder.mkdir()
+    try:
+        shutil.copy(source, os.fsencode(folder) + b"/\xff\xfe.png")
+    except OSError:
+        pytest.skip("this file system takes text alone")
+    with Running(bundle, folder, tmp_path / "out") as running:
+        until(lambda: running.rows)
+    with Running(bundle, folder, tmp_path / "out") as again:
+        picture(folder / "b.png")
+        until(lambda: again.rows)
+    assert [Path(row["path"]).name for row in again.rows] == ["b.png"]

@@ -1,0 +1,1 @@
+"""Bundles: what was trained or quantized, packaged to run on machines without torch."""

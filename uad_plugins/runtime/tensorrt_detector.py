@@ -1,0 +1,87 @@
+"""The detector of a bundle for Jetson, run by TensorRT: the bundle's own runner, inside uadx. No torch in here.
+
+No engine has been built on a device yet; this is checked against TensorRT's real classes without what they do.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from uad_plugins.artifacts import cache_folder
+from uad_plugins.deployment.bundle import Bundle
+from uad_plugins.deployment.jetson.uadx_jetson.bundle import read_bundle
+from uad_plugins.deployment.jetson.uadx_jetson.devices import gpu
+from uad_plugins.deployment.jetson.uadx_jetson.engines import EngineFiles, ensure_engine, load_engine
+from uad_plugins.deployment.jetson.uadx_jetson.files import RunnerError
+from uad_plugins.deployment.jetson.uadx_jetson.imaging import Normaliser
+from uad_plugins.deployment.jetson.uadx_jetson.inference import Session
+from uad_plugins.detector import Detector
+from uad_plugins.errors import UadxError
+from uad_plugins.imaging import RgbImage
+from uad_plugins.runtime.exported import FloatArray
+
+ON_THE_DEVICE = "see docs/jetson.md; python3 runner.py build shows TensorRT's messages"
+
+
+class TensorRtDetector(Detector):
+    """Runs ``model.onnx`` by the engine that TensorRT makes of it; the engine is built when there is none that fits.
+
+    The engine lies in the bundle's folder ``engine``; where that cannot be written, in the user's cache folder.
+
+    Args:
+        bundle: The bundle.
+
+    Raises:
+        UadxError: There is no GPU, or TensorRT cannot build or load the engine.
+    """
+
+    engine = "tensorrt"
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.name = bundle.name
+        self.categories = bundle.manifest.categories
+        self.image_size = bundle.manifest.image_size
+        self.thresholds = bundle.thresholds
+        self._held = ExitStack()
+        try:
+            known = read_bundle(bundle.folder)
+            files = EngineFiles(_engine_folder(bundle))
+            ensure_engine(known, files, self._held.enter_context(gpu()), lambda line: warnings.warn(line, stacklevel=2))
+            self._session = self._held.enter_context(Session(load_engine(files), known))
+            self._normaliser = Normaliser(known)
+        except RunnerError as error:
+            self._held.close()
+            raise UadxError(f"{bundle.name}: {error}", ON_THE_DEVICE) from None
+
+    def infer(self, images: RgbImage) -> tuple[FloatArray, FloatArray]:
+        """Score a batch; see ``Detector.infer``. While one image is on the device the next is copied there."""
+        scores = np.empty(len(images), np.float32)
+        maps = np.empty((len(images), *self.image_size), np.float32)
+        lanes = self._session.lanes
+        try:
+            for index in range(len(images) + len(lanes)):
+                lane, done = lanes[index % len(lanes)], index - len(lanes)
+                if 0 <= done < len(images):
+                    scores[done], maps[done] = lane.fetch()
+                if index < len(images):
+                    lane.submit(partial(self._normaliser.fill, images[index]))
+        except RunnerError as error:
+            raise UadxError(f"{self.name}: {error}", ON_THE_DEVICE) from None
+        return scores, maps
+
+    def close(self) -> None:
+        """Give the device's memory back."""
+        self._held.close()
+
+
+def _engine_folder(bundle: Bundle) -> Path:
+    beside = bundle.folder / "engine"
+    if beside.is_dir() or os.access(bundle.folder, os.W_OK):
+        return beside
+    return cache_folder("tensorrt") / bundle.manifest.seal

@@ -367,3 +367,12 @@ def test_agreement_is_judged_by_every_limit(small, products):
     assert agreement.map_rank == pytest.approx(1)
     assert agreement.wrong(Limits(0.1, 0.9, 0.1)) == []
     assert len(agreement.wrong(Limits(-1, 2, -1))) == 3
+
+
+def test_a_model_that_needs_the_category_is_refused():
+    from types import SimpleNamespace
+
+    from uad_plugins.quantization.core import build_core
+
+    with pytest.raises(UadxError, match="statistics are by category"):
+        build_core(SimpleNamespace(by_category=True), (64, 64))

@@ -201,6 +201,25 @@ def test_a_file_that_is_no_teacher(tmp_path):
         load_teacher(tmp_path / "wrong.safetensors")
 
 
+def test_the_teacher_that_ships(monkeypatch):
+    found = teachers.bundled_teacher(33, 0.5)
+    assert found is not None
+    network, record = found
+    assert (record.source, record.patch_size, record.width) == ("bundled", 33, 0.5)
+    assert "drawn images" in record.images
+    # It tells patches apart, in many dimensions.
+    descriptors = network(procedural_source().batches(33, 64, 9)(0)[0])[:, 0]
+    spread = torch.linalg.eigvalsh(torch.corrcoef(descriptors.T))
+    assert float(spread.sum() ** 2 / spread.square().sum()) > 10
+    assert teachers.bundled_teacher(33, 0.25) is None
+    # Nothing is distilled and no backbone is loaded where it serves.
+    monkeypatch.setattr("uad_plugins.models.uninformed_students.lightning_model.PretrainedFeature", None)
+    model = UninformedStudents(weights="bundled", patch_sizes=[33], width=0.5, stride=4)
+    assert [r["source"] for r in model.teacher_records] == ["bundled"]
+    patches_ = torch.randn(2, 3, 33, 33)
+    assert torch.allclose(model.model.teachers[0](patches_), network(patches_), atol=1e-3)
+
+
 # Runs
 
 

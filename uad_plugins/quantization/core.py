@@ -105,8 +105,13 @@ def build_core(module: AnomalibModule, size: tuple[int, int]) -> Core:
         size: ``(height, width)`` of its input.
 
     Raises:
-        UadxError: ``distil`` gives other maps or scores than the network itself.
+        UadxError: ``distil`` gives other maps or scores than the network itself, or the model needs to know the category.
     """
+    if getattr(module, "by_category", False):
+        raise UadxError(
+            "the model's statistics are by category, which an exported graph of one image cannot know",
+            "train it with model.options.statistics=global",
+        )
     core = Core(module.cpu().eval()).to(memory_format=torch.contiguous_format).eval()
     images = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from uad_plugins.data.products.synthesis import synthesize
+from uad_plugins.training.signals import child_signal_restored
 
 SIZE = (20, 16)
 
@@ -27,6 +28,13 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def products(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The synthetic products, small: 10 training images of each, 4 good and 4 defective test images. Not to be changed."""
     return synthesize(tmp_path_factory.mktemp("synthetic") / "products", side=64, train=10, test=4)
+
+
+@pytest.fixture(autouse=True)
+def _no_handler_left_behind() -> Iterator[None]:
+    """Data loaders with workers leave a handler behind: see ``uad_plugins.training.signals``."""
+    with child_signal_restored():
+        yield
 
 
 def _picture(path: Path, seed: str | None = None, size: tuple[int, int] = SIZE) -> Path:

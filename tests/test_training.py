@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 import yaml
 from PIL import Image
 from runs import small_config, small_run
+from torch.utils.data import DataLoader
 
 from uad_plugins.artifacts import Run, read_json, sha256_of
 from uad_plugins.data.layouts import scan
@@ -16,6 +18,7 @@ from uad_plugins.data.samples import hold_out
 from uad_plugins.detector import open_detector
 from uad_plugins.errors import UadxError, UsageError
 from uad_plugins.training.run_folder import check_folder, locked, resumed_config
+from uad_plugins.training.signals import child_signal_restored
 from uad_plugins.training.train import train
 
 
@@ -315,3 +318,12 @@ def test_the_checkpoint_is_safe_to_load(trained):
     with anomalib_safe_globals():
         state = torch.load(trained / "model.ckpt", map_location="cpu", weights_only=True)
     assert state["hyper_parameters"]["backbone"] == "resnet18"
+
+
+def test_no_signal_handler_is_left_behind():
+    before = signal.getsignal(signal.SIGCHLD)
+    with child_signal_restored():
+        assert list(DataLoader([1, 2], num_workers=1, batch_size=None)) == [1, 2]
+        # The workers did set one.
+        assert signal.getsignal(signal.SIGCHLD) != before
+    assert signal.getsignal(signal.SIGCHLD) == before

@@ -37,6 +37,7 @@ from uad_plugins.quantization.torch_quantization import (
 from uad_plugins.training.callbacks import FiniteLoss, HeldOutLoss, SampleCount, TrainingProgress
 from uad_plugins.training.checkpointing import MONITOR, AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
 from uad_plugins.training.quiet import quiet_libraries
+from uad_plugins.training.signals import child_signal_restored
 from uad_plugins.training.train import datamodule, pixel_cache
 
 SCHEDULE = OptimizerConfig(name="adam", schedule="cosine")
@@ -167,7 +168,7 @@ def _train(request: QuantizationRequest, module: QatModule) -> dict[str, Any]:
     data.table = request.table
     cache = pixel_cache(work / "pixels", config, data.table)
     best, last = work / "best.ckpt", work / "last.ckpt"
-    with quiet_libraries(), quiet_quantizers():
+    with quiet_libraries(), quiet_quantizers(), child_signal_restored():
         try:
             data.verify_images(None, cache)
             before = _held_out(request, module, data)

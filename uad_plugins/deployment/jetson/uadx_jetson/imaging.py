@@ -78,7 +78,7 @@ def resize_rgb(image: Image.Image, height: int, width: int) -> Any:
     """Resize an RGB image; returns uint8 ``(height, width, 3)``."""
     if image.size != (width, height):
         # Of the names of this filter the only one that every Pillow since 8 has.
-        image = image.resize((width, height), Image.BILINEAR)
+        image = image.resize((width, height), Image.BILINEAR)  # type: ignore[attr-defined]
     return np.asarray(image)
 
 

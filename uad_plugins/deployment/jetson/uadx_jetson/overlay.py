@@ -35,7 +35,8 @@ def overlay(image: Image.Image, anomaly_map: Any, threshold: float | None) -> Im
         anomaly_map: float32 ``(H, W)`` of any size; bilinearly resized to the image's.
         threshold: Lies in the middle of the colours; without a positive one they span the map's own range.
     """
-    scaled = Image.fromarray(_relative(anomaly_map, threshold)).resize(image.size, Image.BILINEAR)
+    smooth = Image.BILINEAR  # type: ignore[attr-defined]
+    scaled = Image.fromarray(_relative(anomaly_map, threshold)).resize(image.size, smooth)
     heat = np.asarray(scaled, dtype=np.float32)
     weight = (0.75 * np.clip((heat - 0.2) / 0.4, 0, 1))[..., None]
     shown = np.clip(heat, 0, 1)

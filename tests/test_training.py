@@ -10,7 +10,6 @@ import torch
 import yaml
 from PIL import Image
 from runs import small_config, small_run
-from torch.utils.data import DataLoader
 
 from uad_plugins.artifacts import Run, read_json, sha256_of
 from uad_plugins.data.layouts import scan
@@ -321,9 +320,8 @@ def test_the_checkpoint_is_safe_to_load(trained):
 
 
 def test_no_signal_handler_is_left_behind():
+    """As torch's data loader leaves one, at the first worker of a process."""
     before = signal.getsignal(signal.SIGCHLD)
     with child_signal_restored():
-        assert list(DataLoader([1, 2], num_workers=1, batch_size=None)) == [1, 2]
-        # The workers did set one.
-        assert signal.getsignal(signal.SIGCHLD) != before
+        signal.signal(signal.SIGCHLD, lambda *_: None)
     assert signal.getsignal(signal.SIGCHLD) == before

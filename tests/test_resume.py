@@ -100,7 +100,14 @@ def started(products, out):
     command += ["--image-size", "64", "--epochs", "24", "--batch-size", "8", "--out", str(out)]
     command += ["--set", "trainer.accelerator=cpu", "--set", "optimizer.schedule=cosine"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        # A test that runs in the background of a shell has inherited that Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
+    )
     deadline = time.monotonic() + 120
     while not (out / "last.ckpt").exists():
         assert process.poll() is None, process.stderr.read().decode()

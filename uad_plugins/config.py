@@ -216,7 +216,7 @@ def resolve(
     plugin = model_plugin(str(name or ModelConfig().name))
     recipe = read_yaml(plugin.recipe) if plugin.recipe else {}
     config = validate(merge(recipe, given))
-    config.model.options = _validated(plugin.options, config.model.options, ("model", "options")).model_dump(mode="json")
+    config.model.options = validated(plugin.options, config.model.options, ("model", "options")).model_dump(mode="json")
     return config
 
 
@@ -231,10 +231,20 @@ def validate(tree: Mapping[str, Any]) -> TrainConfig:
     Raises:
         UsageError: See ``resolve``.
     """
-    return _validated(TrainConfig, tree, ())
+    return validated(TrainConfig, tree)
 
 
-def _validated(schema: type[Any], tree: Mapping[str, Any], prefix: tuple[str, ...]) -> Any:
+def validated(schema: type[Any], tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Any:
+    """Validate a tree against a pydantic model.
+
+    Args:
+        schema: The model.
+        tree: What was given.
+        prefix: Where the tree lies in the configuration, for messages.
+
+    Raises:
+        UsageError: A key is unknown (with the nearest name), or a value is out of range.
+    """
     try:
         return schema.model_validate(dict(tree))
     except ValidationError as error:

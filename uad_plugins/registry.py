@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.util
 import os
 import re
 import sys
@@ -223,3 +224,19 @@ def use_plugins(modules: Iterable[str]) -> None:
             raise UadxError(
                 f"plugin module '{name}' cannot be loaded: {reason}", "check 'plugins' in the configuration"
             ) from error
+
+
+def installed(module: str) -> bool:
+    """Tell whether a package can be imported, without importing it."""
+    return importlib.util.find_spec(module) is not None
+
+
+def require_installed(plugin: Any) -> None:
+    """Check that what a plugin needs is installed.
+
+    Raises:
+        UadxError: Something is not; the hint is the command that provides it.
+    """
+    for requirement in plugin.requires:
+        if not installed(requirement.module):
+            raise UadxError(f"{plugin.name} needs {requirement.module}, which is not installed", requirement.install)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 import tempfile
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from uad_plugins.artifacts import write_text
+from uad_plugins.config import validated
 from uad_plugins.deployment.bundle import Bundle, check_place, seal, staged
 from uad_plugins.deployment.card import CARD, card, draw
 from uad_plugins.deployment.manifest import BundleManifest, InputSpec, OutputNames, PreprocessingSpec, ThresholdSet
@@ -19,8 +19,7 @@ from uad_plugins.deployment.sources import Source, open_source
 from uad_plugins.deployment.verify import images_for, verify
 from uad_plugins.errors import UadxError, UsageError
 from uad_plugins.hookspecs import PackagingRequest, PackagingResult, TargetPlugin
-from uad_plugins.quantization.quantize import validated
-from uad_plugins.registry import registry
+from uad_plugins.registry import installed, registry, require_installed
 from uad_plugins.training.quiet import quiet_libraries
 
 SCORE = {
@@ -73,14 +72,12 @@ def deploy(order: Order, tell: Callable[[str], None] = lambda _: None) -> Bundle
         UsageError: Unknown target or option.
     """
     plugin: TargetPlugin = registry().get("target", order.target)
-    options = validated(plugin, order.options or {})
+    options = validated(plugin.options, order.options or {})
     out = order.out.expanduser().absolute()
     check_place(out, overwrite=order.overwrite)
     if order.build_engine:
         _check_engine(order, out)
-    for requirement in plugin.requires:
-        if importlib.util.find_spec(requirement.module) is None:
-            raise UadxError(f"{plugin.name} needs {requirement.module}, which is not installed", requirement.install)
+    require_installed(plugin)
     with (
         quiet_libraries(),
         tempfile.TemporaryDirectory(prefix="uadx-deploy-") as work,
@@ -196,7 +193,7 @@ def _check_engine(order: Order, out: Path) -> None:
         raise UsageError("--build-engine is for --target tensorrt-jetson", "leave it out")
     if out.suffix.lower() == ".zip":
         raise UsageError("an engine belongs to this machine: it is not put into a zip", "name a folder")
-    missing = [name for name in ("tensorrt", "pycuda") if importlib.util.find_spec(name) is None]
+    missing = [name for name in ("tensorrt", "pycuda") if not installed(name)]
     if missing:
         raise UadxError(
             f"--build-engine needs {' and '.join(missing)} and an NVIDIA GPU",

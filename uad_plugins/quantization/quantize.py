@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
-
 from uad_plugins.artifacts import Run, checked, sha256_of, write_json
-from uad_plugins.config import model_plugin, unknown_key
+from uad_plugins.config import model_plugin, validated
 from uad_plugins.data.layouts import scan
 from uad_plugins.data.samples import ANOMALOUS, SampleTable, hold_out
 from uad_plugins.detector import Detector
 from uad_plugins.errors import UadxError, UsageError
 from uad_plugins.evaluation.evaluate import evaluate
 from uad_plugins.evaluation.thresholds import NO_THRESHOLDS, NORMAL_FPR, thresholds_from_samples
-from uad_plugins.hookspecs import QuantizationRequest, QuantizationResult, QuantizerPlugin, TargetPlugin
+from uad_plugins.hookspecs import QuantizationRequest, QuantizationResult, QuantizerPlugin
 from uad_plugins.models.torch_detector import TorchDetector
 from uad_plugins.quantization import audit as auditing
 from uad_plugins.quantization.calibration import calibrate
@@ -28,7 +25,7 @@ from uad_plugins.quantization.export import save_onnx, save_openvino, to_onnx, t
 from uad_plugins.quantization.quiet import quiet_quantizers
 from uad_plugins.quantization.referee import AGAINST_FP32, ENGINES, TRAINED, compare, held_out
 from uad_plugins.quantized import MANIFEST, Quantized, QuantizedManifest
-from uad_plugins.registry import registry
+from uad_plugins.registry import installed, registry, require_installed
 from uad_plugins.training.quiet import quiet_libraries
 from uad_plugins.training.run_folder import discard, locked
 
@@ -83,7 +80,7 @@ def quantize(order: Order, tell: Callable[[str], None] = lambda _: None) -> Quan
         UsageError: Unknown backend, option, or calibration source.
     """
     plugin: QuantizerPlugin = registry().get("quantizer", order.backend)
-    options = validated(plugin, order.options or {})
+    options = validated(plugin.options, order.options or {})
     run = Run.open(order.run)
     config = run.config()
     supported = model_plugin(config.model.name).supports
@@ -92,7 +89,7 @@ def quantize(order: Order, tell: Callable[[str], None] = lambda _: None) -> Quan
             f"{config.model.name} cannot be quantized by {order.backend}",
             f"it does not support {', '.join(sorted(plugin.supports - supported))}; see 'uadx plugins list'",
         )
-    _require(plugin)
+    require_installed(plugin)
     station = Quantized(order.out.expanduser().absolute())
     with locked(station.folder), quiet_libraries():
         _check_folder(station, order)
@@ -142,28 +139,6 @@ def quantize(order: Order, tell: Callable[[str], None] = lambda _: None) -> Quan
             result = plugin.quantize(request)
         tell("auditing the result, and comparing it with FP32 on held-out images")
         return _judge(station, manifest, request, result, reference, judged_on, labelled=order.data is not None)
-
-
-def validated(plugin: QuantizerPlugin | TargetPlugin, given: Mapping[str, Any]) -> BaseModel:
-    """Validate the options of a backend or a target.
-
-    Raises:
-        UsageError: One is unknown (with the nearest name) or out of range.
-    """
-    try:
-        return plugin.options.model_validate(dict(given))
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = str(first["loc"][0]) if first["loc"] else ""
-        if first["type"] == "extra_forbidden":
-            raise unknown_key([name], set(plugin.options.model_fields)) from None
-        raise UsageError(f"{name}: {first['msg']}", f"given: {first['input']!r}") from None
-
-
-def _require(plugin: QuantizerPlugin) -> None:
-    for requirement in plugin.requires:
-        if not _installed(requirement.module):
-            raise UadxError(f"{plugin.name} needs {requirement.module}, which is not installed", requirement.install)
 
 
 def _table(run: Run, data: str | None) -> SampleTable:
@@ -287,7 +262,7 @@ def engines(folder: Path, manifest: QuantizedManifest) -> dict[str, Detector]:
     from uad_plugins.runtime.onnxruntime_detector import OnnxRuntimeDetector
 
     found: dict[str, Detector] = {}
-    if _installed("openvino"):
+    if installed("openvino"):
         from uad_plugins.runtime.openvino_detector import OpenVinoDetector
 
         for file in ("model.xml", "model.onnx"):
@@ -298,10 +273,6 @@ def engines(folder: Path, manifest: QuantizedManifest) -> dict[str, Detector]:
             folder / "model.onnx", manifest, NO_THRESHOLDS, str(folder), literal=True
         )
     return found
-
-
-def _installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
 
 
 def _sizes(request: QuantizationRequest, manifest: QuantizedManifest) -> dict[str, Any]:

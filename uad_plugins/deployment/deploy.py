@@ -24,8 +24,8 @@ from uad_plugins.training.quiet import quiet_libraries
 
 SCORE = {
     "normalisation": "none",
-    "score": "0 and above, not bounded; its meaning lies in its relation to the threshold",
-    "map": "0 and above, not bounded; the same scale as the score",
+    "score": "not bounded, higher is more anomalous; its meaning lies in its relation to the threshold",
+    "map": "not bounded; the same scale as the score",
 }
 
 

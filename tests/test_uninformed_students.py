@@ -55,6 +55,17 @@ def test_the_networks_are_the_papers(patch_size, millions):
     assert not [m for m in made.modules() if isinstance(m, nn.Dropout | nn.BatchNorm2d)]
 
 
+@pytest.mark.parametrize("patch_size", PATCH_SIZES)
+def test_every_grid_of_pixels_sees_the_border_as_the_dense_evaluation_does(patch_size):
+    # A student trained on patches whose border looks otherwise finds every border anomalous.
+    made, image = network(patch_size), torch.rand(1, 3, 68, 72)
+    with torch.no_grad():
+        every = made.dense(image, 1)
+        for down, right in [(0, 0), (0, 3), (2, 1), (3, 3)]:
+            found = made.dense(image, 4, (down, right))
+            assert torch.allclose(found, every[..., down::4, right::4], atol=1e-5)
+
+
 @pytest.mark.parametrize("stride", [1, 2, 4, 8])
 @pytest.mark.parametrize("patch_size", PATCH_SIZES)
 def test_dense_evaluation_is_patch_by_patch_evaluation(patch_size, stride):

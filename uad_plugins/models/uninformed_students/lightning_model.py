@@ -298,12 +298,10 @@ class UninformedStudents(DistillationRecipe, AnomalibModule):
         """Return the loss of a batch."""
         del args, kwargs
         images = batch.image
-        if self.train_stride > 1:
-            # Another grid of pixels each time: 5 has no factor in common with the number of grids. It depends on the step
-            # alone, so that a resumed training goes on as an unbroken one.
-            down, right = divmod(self.global_step * 5 % self.train_stride**2, self.train_stride)
-            images = images[..., down:, right:]
-        loss = self.model.deviations(images, self._category_of(batch), self.train_stride).losses.mean()
+        # Another grid of pixels each time: 5 has no factor in common with the number of grids. It depends on the step alone,
+        # so that a resumed training goes on as an unbroken one.
+        offset = divmod(self.global_step * 5 % self.train_stride**2, self.train_stride)
+        loss = self.model.deviations(images, self._category_of(batch), self.train_stride, offset).losses.mean()
         self.log("train_loss", loss.detach(), on_epoch=True, prog_bar=True, batch_size=len(images))
         return {"loss": loss}
 

@@ -174,16 +174,24 @@ class PatchNetwork(nn.Module):
                 x = F.leaky_relu(x, SLOPE)
         return x.flatten(1).unflatten(1, (self.copies, DIMENSIONS))
 
-    def dense(self, images: torch.Tensor, stride: int | None = None) -> torch.Tensor:
+    def dense(
+        self, images: torch.Tensor, stride: int | None = None, offset: tuple[int, int] | None = None
+    ) -> torch.Tensor:
         """Return the descriptor of the patch around every ``stride``-th pixel; beyond the border images are mirrored.
 
         Args:
             images: float32 ``(B, 3, H, W)``; ``H`` and ``W`` larger than half a patch.
             stride: Other than the network's own.
+            offset: Row and column of the first pixel, each below the stride: another grid of pixels, whose patches see the
+                border as those of the usual grid do. None: the pixel in the middle, ``(stride - 1) // 2``.
         """
         stride = stride or self.stride
         size = (int(images.shape[-2]), int(images.shape[-1]))
-        x = mirror_pad(images, pad_for(self.patch_size, stride, size))
+        pad = pad_for(self.patch_size, stride, size)
+        if offset is not None:
+            down, right = (first - (stride - 1) // 2 for first in offset)
+            pad = (pad[0] - right, pad[1] + right, pad[2] - down, pad[3] + down)
+        x = mirror_pad(images, pad)
         for convolution, step in zip(self._layers, dense_plan(self.patch_size, stride), strict=True):
             if step.pool == "stride":
                 x = F.max_pool2d(x, 2)

@@ -86,13 +86,19 @@ class UninformedStudentsModel(nn.Module):
         """Return one scale's statistics ``(K, n)`` as ``(B or 1, n)``, each image's category's where there are any."""
         return statistics[:1] if category is None else statistics[category]
 
-    def targets(self, images: torch.Tensor, stride: int | None = None) -> list[torch.Tensor]:
+    def targets(
+        self, images: torch.Tensor, stride: int | None = None, offset: tuple[int, int] | None = None
+    ) -> list[torch.Tensor]:
         """Return the teachers' descriptors of each scale, float32 ``(B, 1, 128, h, w)``."""
         with torch.no_grad():
-            return [teacher.dense(images, stride) for teacher in patch_networks(self.teachers)]
+            return [teacher.dense(images, stride, offset) for teacher in patch_networks(self.teachers)]
 
     def deviations(
-        self, images: torch.Tensor, category: torch.Tensor | None = None, stride: int | None = None
+        self,
+        images: torch.Tensor,
+        category: torch.Tensor | None = None,
+        stride: int | None = None,
+        offset: tuple[int, int] | None = None,
     ) -> Deviations:
         """Compare students and teachers.
 
@@ -100,15 +106,16 @@ class UninformedStudentsModel(nn.Module):
             images: float32 ``(B, 3, H, W)``, normalised.
             category: int64 ``(B,)``, row of the statistics; only where they are by category.
             stride: Output stride, other than the model's own.
+            offset: First pixel of the grid; see ``PatchNetwork.dense``.
         """
         losses: torch.Tensor | None = None
         errors, variances = [], []
         for scale, (target, student) in enumerate(
-            zip(self.targets(images, stride), patch_networks(self.students), strict=True)
+            zip(self.targets(images, stride, offset), patch_networks(self.students), strict=True)
         ):
             mean = self.row(self.feature_mean[scale], category)[:, None, :, None, None]
             std = self.row(self.feature_std[scale], category)[:, None, :, None, None]
-            predicted = student.dense(images, stride)
+            predicted = student.dense(images, stride, offset)
             wanted = (target - mean) / std
             loss = (predicted - wanted).square().sum(dim=2).mean(dim=(1, 2, 3))
             losses = loss if losses is None else losses + loss

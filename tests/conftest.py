@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -64,6 +66,26 @@ def _mvtec(root: Path, category: str, train: int = 4, good: int = 2, bad: int = 
         if masks:
             _mask(root / category / "ground_truth" / "crack" / f"{number:03d}_mask.png")
     return root
+
+
+@pytest.fixture
+def closed(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Path]:
+    """Make a folder that may not be listed, also by root: ``closed(path)``."""
+    refused: set[str] = set()
+    scandir = os.scandir
+
+    def listing(path: Any = ".") -> Any:
+        if os.fspath(path) in refused:
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return scandir(path)
+
+    def close(path: Path) -> Path:
+        path.mkdir(parents=True, exist_ok=True)
+        refused.add(str(path))
+        return path
+
+    monkeypatch.setattr(os, "scandir", listing)
+    return close
 
 
 @pytest.fixture(scope="session")

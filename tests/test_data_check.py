@@ -124,6 +124,17 @@ def test_a_mask_without_an_image_is_a_warning(bolt, mask):
     ]
 
 
+def test_a_folder_that_cannot_be_read_is_a_warning(bolt, closed):
+    closed(bolt / "bolt" / "lost+found")
+    closed(bolt / "bolt" / "ground_truth" / "crack")
+    message = "cannot be read: Permission denied; what is in it is left out"
+    found = [problem for problem in problems(bolt) if problem.kind == "folder-unreadable"]
+    assert sorted(found, key=lambda problem: problem.path) == [
+        Problem(WARNING, "folder-unreadable", "bolt/ground_truth/crack", message),
+        Problem(WARNING, "folder-unreadable", "bolt/lost+found", message),
+    ]
+
+
 def test_masks_of_categories_left_out_are_no_problem(bolt, mvtec, mask):
     mvtec(bolt, "nut", train=20)
     mask(bolt / "nut/ground_truth/crack/009_mask.png")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import shutil
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -280,7 +281,8 @@ def test_cached_images_are_the_decoded_ones(products, tmp_path):
             assert torch.equal(ours[index].image, theirs[index].image)
     subset = with_cache.train_data.subsample([5, 2])
     assert torch.equal(subset[1].image, without.train_data[2].image)
-    assert (tmp_path / "pixels").stat().st_size == 30 * 48 * 32 * 3
+    assert cache._place.stat().st_size == 30 * 48 * 32 * 3
+    cache.remove()
 
 
 def test_cached_rows_stay_right_when_bad_images_are_left_out(products, tmp_path):
@@ -290,7 +292,8 @@ def test_cached_rows_stay_right_when_bad_images_are_left_out(products, tmp_path)
     victims[4].write_bytes(b"")
     module = UnifiedDataModule(str(data), image_size=32, skip_bad=True)
     module.table = module.index()
-    module.verify_images(cache=PixelCache(tmp_path / "pixels", (32, 32)))
+    cache = PixelCache(tmp_path / "pixels", (32, 32))
+    module.verify_images(cache=cache)
     module.setup("fit")
     assert sorted(module.skipped) == [str(victims[0]), str(victims[4])]
     for part in (module.train_data, module.val_data):
@@ -298,12 +301,17 @@ def test_cached_rows_stay_right_when_bad_images_are_left_out(products, tmp_path)
             item = part[index]
             fresh = torch.from_numpy(np.array(resize_rgb(read_rgb(item.image_path), (32, 32)))).permute(2, 0, 1) / 255
             assert torch.allclose(item.image, fresh)
+    cache.remove()
 
 
-def test_the_cache_survives_going_to_worker_processes(products, tmp_path):
+@pytest.mark.parametrize("proc", [True, False])
+def test_the_cache_survives_going_to_worker_processes(products, tmp_path, monkeypatch, proc):
+    if not proc:
+        monkeypatch.setattr(PixelCache, "_nameless", lambda self, descriptor: self.path)
     module = UnifiedDataModule(str(products), image_size=32, num_workers=2, train_batch_size=4)
     module.table = module.index()
-    module.verify_images(cache=PixelCache(tmp_path / "pixels", (32, 32)))
+    cache = PixelCache(tmp_path / "pixels", (32, 32))
+    module.verify_images(cache=cache)
     module.setup("fit")
     first = module.train_data[0].image
     batches = list(module.train_dataloader())
@@ -312,6 +320,17 @@ def test_the_cache_survives_going_to_worker_processes(products, tmp_path):
     assert len(seen) == 27
     copy = pickle.loads(pickle.dumps(module._cache))
     assert np.array_equal(copy.read(3), module._cache.read(3))
+    cache.remove()
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="the file keeps its name here")
+def test_a_killed_training_leaves_no_decoded_images(tmp_path):
+    cache = PixelCache(tmp_path / "pixels", (32, 32))
+    (tmp_path / "pixels").write_bytes(b"of an earlier one")
+    cache.write(0, Image.new("RGB", (10, 10), "red"))
+    assert list(tmp_path.iterdir()) == []
+    assert cache.read(0)[0, 0].tolist() == [255, 0, 0]
+    cache.remove()
 
 
 def test_a_cache_that_would_be_too_large_is_not_made(tmp_path):

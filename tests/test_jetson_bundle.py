@@ -219,9 +219,11 @@ def test_heat_maps_are_those_of_uadx(threshold):
 
 
 def test_heat_maps_are_named_as_by_uadx(tmp_path):
-    paths = [str(tmp_path / name) for name in ("a.png", "a.jpg", "a.PNG", "a_png.x", "b/a.png", "b/../a.png")]
-    assert device_overlay.picture_names(paths) == picture_names(paths, ".png")
-    assert device_overlay.picture_names([]) == {}
+    files = ("a.png", "a.jpg", "a.PNG", "a_png.x", "b/a.png", "b/../a.png", "a_map.png", "b/A_MAP.png")
+    paths = [str(tmp_path / name) for name in files]
+    for out in (tmp_path, tmp_path / "b", tmp_path / "maps"):
+        assert device_overlay.picture_names(paths, out) == picture_names(paths, ".png", out)
+    assert device_overlay.picture_names([], tmp_path) == {}
 
 
 def test_the_names_of_nodes_are_read_without_onnx():

@@ -269,6 +269,35 @@ def test_a_layout_without_any_image_is_refused(tmp_path):
     assert error.value.message == f"{tmp_path}: no image found for layout 'mvtec'"
 
 
+@pytest.mark.parametrize("place", ["lost+found", "bolt/lost+found", "bolt/test/scratch", "bolt/test/crack/more"])
+def test_a_folder_that_may_not_be_read_is_left_out(tmp_path, closed, place):
+    touch(tmp_path, *MVTEC)
+    before = rows(scan(tmp_path))
+    closed(tmp_path / place)
+    assert rows(scan(tmp_path)) == before
+
+
+def test_plain_folders_that_may_not_be_read_are_left_out(tmp_path, closed):
+    touch(tmp_path, "bolt/good/a.png", "bolt/bad/a.png", "bolt/masks/a.png")
+    closed(tmp_path / "lost+found")
+    closed(tmp_path / "bolt" / "worse")
+    closed(tmp_path / "bolt" / "masks")
+    assert {row[0] for row in rows(scan(tmp_path))} == {"bolt/good/a.png", "bolt/bad/a.png"}
+
+
+def test_a_root_that_may_not_be_read_is_refused(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(UadxError) as error:
+        scan(tmp_path)
+    assert (error.value.message, error.value.hint) == (
+        f"{tmp_path}: cannot be read: Permission denied",
+        "check its permissions",
+    )
+
+
 def test_a_missing_root_is_refused(tmp_path):
     with pytest.raises(UadxError) as error:
         scan(tmp_path / "nowhere")

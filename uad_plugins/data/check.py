@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from uad_plugins.data.layouts.walking import MASK_FOLDERS, images
+from uad_plugins.data.layouts.walking import MASK_FOLDERS, images_if_readable
 from uad_plugins.data.samples import ANOMALOUS, NORMAL, Sample, SampleTable, relative_to
 from uad_plugins.errors import UadxError
 from uad_plugins.imaging import ImageError, open_image, read_mask, read_rgb
@@ -206,7 +206,7 @@ def check_data(table: SampleTable, progress: Progress | None = None) -> DataRepo
                 seen[facts.digest].append(index)
             if progress is not None:
                 progress(index + 1, len(table))
-    problems += [*_duplicates(table, seen), *_category_problems(table), *_orphan_masks(table)]
+    problems += [*_duplicates(table, seen), *_category_problems(table), *_folder_problems(table)]
     return DataReport(reports, sorted(problems, key=lambda p: (p.severity, p.kind, p.path)))
 
 
@@ -265,17 +265,21 @@ def _category_problems(table: SampleTable) -> Iterator[Problem]:
             )
 
 
-def _orphan_masks(table: SampleTable) -> Iterator[Problem]:
-    """Find files that belong to no image in the mask folders of the table's categories."""
+def _folder_problems(table: SampleTable) -> Iterator[Problem]:
+    """Find folders that cannot be read, and files that belong to no image in the mask folders of the table's categories."""
     used = set(table.masks)
     pictures = set(table.paths)
     image_folders = {Path(path).parent for path in pictures}
     homes = image_folders.union(*(folder.parents for folder in image_folders))
     places: set[Path] = set()
-    for folder, names, _files in os.walk(table.root):
+    closed: list[OSError] = []
+    for folder, names, _files in os.walk(table.root, onerror=closed.append):
         names[:] = [name for name in names if not name.startswith(".")]
         places |= {Path(folder) / name for name in names if name.lower() in MASK_FOLDERS and Path(folder) in homes}
+    for error in closed:
+        message = f"cannot be read: {error.strerror}; what is in it is left out"
+        yield Problem(WARNING, "folder-unreadable", relative_to(str(error.filename), table.root), message)
     for place in sorted(places):
-        for path in sorted(images(place)):
+        for path in sorted(images_if_readable(place)):
             if path not in used and path not in pictures:
                 yield Problem(WARNING, "mask-without-image", relative_to(path, table.root), "mask belongs to no image")

@@ -254,8 +254,6 @@ class UnifiedDataModule(AnomalibDataModule):
         keep = cache.write if cache is not None else None
         self.table, self.skipped = require_readable(self.table, splits, skip_bad=self.skip_bad, progress=progress, keep=keep)
         self._verified = True
-        if cache is not None:
-            cache.finish()
         if cache is not None and cache.complete:
             self._cache, first = cache, 0
             for split, paths in wanted.items():

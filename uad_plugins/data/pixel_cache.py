@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 from io import FileIO
@@ -24,6 +25,9 @@ class PixelCache:
     The file is read, not mapped: what the system keeps of it in memory is the system's and is given back when needed, and
     the memory of the process does not grow with the number of images.
 
+    Where the system gives an open file a place in ``/proc`` the file loses its name at once, and with it the danger that a
+    killed training leaves it behind; worker processes find it there.
+
     Args:
         path: The file; made by ``write``.
         image_size: ``(height, width)``.
@@ -33,11 +37,11 @@ class PixelCache:
     """
 
     def __init__(self, path: Path, image_size: tuple[int, int]) -> None:
-        self.path = path
+        self.path = self._place = path
         self.shape = (*image_size, 3)
         self.bytes_per_image = int(np.prod(self.shape))
         self._lock = threading.Lock()
-        self._writer: BinaryIO | None = None
+        self._file: BinaryIO | None = None
         self.complete = True
 
     def fits(self, images: int) -> bool:
@@ -52,40 +56,45 @@ class PixelCache:
             if not self.complete:
                 return
             try:
-                if self._writer is None:
-                    self._writer = self.path.open("wb")
-                self._writer.seek(row * self.bytes_per_image)
-                self._writer.write(pixels)
+                if self._file is None:
+                    # Another file than that of a killed training, which its workers may not have closed yet.
+                    self.path.unlink(missing_ok=True)
+                    self._file = self.path.open("w+b", buffering=0)
+                    self._place = self._nameless(self._file.fileno())
+                self._file.seek(row * self.bytes_per_image)
+                if self._file.write(pixels) != len(pixels):
+                    self.complete = False
             except OSError:
                 # The disk is full: training goes on without the cache.
                 self.complete = False
-
-    def finish(self) -> None:
-        """Make everything written readable."""
-        if self._writer is not None:
-            try:
-                self._writer.close()
-            except OSError:
-                self.complete = False
-            self._writer = None
 
     def read(self, row: int) -> RgbImage:
         """Return the image of a row, a fresh array ``(H, W, 3)``."""
         pixels: NDArray[np.uint8] = np.empty(self.shape, dtype=np.uint8)
         # Opened anew each time: a file kept open would share its position with worker processes.
-        with FileIO(self.path) as file:
+        with FileIO(self._place) as file:
             file.seek(row * self.bytes_per_image)
             if file.readinto(pixels.data.cast("B")) != self.bytes_per_image:
                 raise OSError(f"{self.path}: row {row} is missing")
         return pixels
 
+    def _nameless(self, descriptor: int) -> Path:
+        """Take the open file's name away where it can be read without; return where it is read."""
+        place = Path(f"/proc/{os.getpid()}/fd/{descriptor}")
+        if not os.access(place, os.R_OK):
+            return self.path
+        self.path.unlink()
+        return place
+
     def remove(self) -> None:
         """Close and delete the file."""
-        self.finish()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
         self.path.unlink(missing_ok=True)
 
     def __getstate__(self) -> dict[str, object]:
-        return {"path": self.path, "image_size": self.shape[:2]}
+        return {"path": self._place, "image_size": self.shape[:2]}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__init__(**state)  # type: ignore[misc]

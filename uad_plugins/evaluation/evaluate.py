@@ -72,7 +72,7 @@ def evaluate(
     if not indices:
         raise UadxError(f"{table.root}: no test images", "put them into CATEGORY/test/good and CATEGORY/test/DEFECT")
     shown = _examples(table, examples)
-    names = picture_names([table.paths[index] for index in indices], ".jpg") if out is not None else {}
+    names = picture_names([table.paths[index] for index in indices], ".jpg", out / "maps") if out is not None else {}
     masked = set(table.masked_categories())
     metrics, result = CategoryMetrics(), Evaluation({})
     unreadable: dict[str, str] = {}

@@ -27,16 +27,24 @@ def find_images(words: Sequence[str]) -> list[str]:
     for word in words:
         path = Path(word).expanduser()
         if path.is_dir():
-            found.update(dict.fromkeys(sorted(images(path))))
+            found.update(dict.fromkeys(_below(path)))
         elif path.exists() or not glob.has_magic(word):
             found[str(path)] = None
         else:
             matches = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207
             for match in matches:
-                found.update(dict.fromkeys(sorted(images(Path(match))) if Path(match).is_dir() else [match]))
+                found.update(dict.fromkeys(_below(Path(match)) if Path(match).is_dir() else [match]))
             if not matches:
                 found[word] = None
     return list(found)
+
+
+def _below(folder: Path) -> list[str]:
+    """Return the images below a folder; one that may not be read stands for itself, and gets an error in its row."""
+    try:
+        return sorted(images(folder))
+    except PermissionError:
+        return [str(folder)]
 
 
 def predict(
@@ -68,7 +76,7 @@ def predict(
     if not paths:
         raise UsageError("no image to predict", "give files, folders or globs; PNG, JPEG, BMP, TIFF and WebP are read")
     threshold = detector.thresholds.of(category)
-    names = picture_names(paths, ".png") if names is None else names
+    names = picture_names(paths, ".png", out) if names is None and out is not None else names or {}
     predictions = detector.stream(paths, categories=repeat(category), batch_size=batch_size)
     for done, prediction in enumerate(predictions, start=1):
         row = _row(prediction, category, threshold)

@@ -7,6 +7,7 @@ import io
 import math
 import os
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from itertools import chain, count
 from typing import Any
 
@@ -25,28 +26,37 @@ def describe(score: float, threshold: float) -> str:
     return f"{score:.4g} (threshold {threshold:.4g})"
 
 
-def picture_names(paths: Sequence[str], ending: str) -> dict[str, str]:
+def picture_names(paths: Sequence[str], ending: str, out: str | os.PathLike[str]) -> dict[str, str]:
     """Return a file name for the picture of each image, below one output folder.
 
-    It is the image's path below the folder that all have in common, with ``_map`` added: it can neither climb out of the
-    output folder nor be the name of a source image. Images that differ in their ending alone get different names.
+    It is the image's path below the folder that all have in common, with ``_map`` added: it cannot climb out of the output
+    folder. No picture takes the place of one of the images, whatever these are called and wherever the output folder lies;
+    images that differ in their ending alone get different names.
 
     Args:
         paths: Image files.
         ending: Of the pictures, with its dot.
+        out: The output folder.
     """
     absolute = {path: os.path.abspath(path) for path in paths}  # noqa: PTH100
     common = os.path.commonpath([os.path.dirname(path) for path in absolute.values()]) if paths else ""  # noqa: PTH120
+    place = lru_cache(maxsize=1024)(os.path.realpath)
+
+    def entry(path: str) -> str:
+        # A picture replaces an entry of a folder, so that is what must differ; on some disks letter case does not count.
+        folder, name = os.path.split(path)
+        return os.path.join(place(folder), name).casefold()  # noqa: PTH118
+
     names: dict[str, str] = {}
-    taken: set[str] = set()
+    taken = {entry(full) for full in absolute.values()}
     for path, full in absolute.items():
         stem, own_ending = os.path.splitext(os.path.relpath(full, common))  # noqa: PTH122
         candidates = chain(
             [f"{stem}_map{ending}", f"{stem}_{own_ending.lstrip('.').lower()}_map{ending}"],
             (f"{stem}_{number}_map{ending}" for number in count(2)),
         )
-        names[path] = next(name for name in candidates if name not in taken)
-        taken.add(names[path])
+        names[path] = next(name for name in candidates if entry(os.path.join(out, name)) not in taken)  # noqa: PTH118
+        taken.add(entry(os.path.join(out, names[path])))  # noqa: PTH118
     return names
 
 

@@ -53,6 +53,13 @@ def scan(root: str | Path, layout: str | None = None, categories: Sequence[str] 
     root = Path(root).expanduser().absolute()
     if not root.exists():
         raise UadxError(f"{root}: no such file or folder", "check the path of the data")
+    try:
+        next(root.iterdir(), None)
+    except NotADirectoryError:
+        # An index file.
+        pass
+    except OSError as error:
+        raise UadxError(f"{root}: cannot be read: {error.strerror}", "check its permissions") from error
     plugin = registry().get("layout", layout) if layout else recognise(root)
     table = SampleTable(plugin.scan(root), root if root.is_dir() else root.parent)
     if len(table) == 0:

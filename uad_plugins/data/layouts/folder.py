@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from uad_plugins.data.layouts.walking import MASK_FOLDERS, child, folders, images, is_normal, mask_index, stem_below
+from uad_plugins.data.layouts.walking import (
+    MASK_FOLDERS,
+    child,
+    folders,
+    images_if_readable,
+    is_normal,
+    mask_index,
+    stem_below,
+)
 from uad_plugins.data.samples import ANOMALOUS, NORMAL, Sample, in_test_share
 
 SUMMARY = "CATEGORY/{good,bad or any defect name}, optional CATEGORY/masks/[DEFECT/]NAME.png"
@@ -32,7 +40,7 @@ def scan(root: Path) -> Iterator[Sample]:
             if mask_root and not normal:
                 nested = mask_root / kind.name
                 masks = mask_index(nested if nested.is_dir() else mask_root)
-            for path in images(kind):
+            for path in images_if_readable(kind):
                 name = stem_below(path, kind)
                 train = normal and not in_test_share(f"{category.name}/{kind.name}/{name}", TEST_SHARE)
                 yield Sample(

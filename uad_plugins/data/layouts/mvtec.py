@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from uad_plugins.data.layouts.walking import child, folders, images, is_normal, mask_index, stem_below
+from uad_plugins.data.layouts.walking import child, folders, images_if_readable, is_normal, mask_index, stem_below
 from uad_plugins.data.samples import ANOMALOUS, NORMAL, Sample
 
 SUMMARY = "CATEGORY/train/good, CATEGORY/test/{good,DEFECT}, optional CATEGORY/ground_truth/DEFECT/NAME_mask.png"
@@ -38,7 +38,7 @@ def _scan_category(category: Path) -> Iterator[Sample]:
             normal = is_normal(kind.name)
             mask_folder = truth / kind.name if truth and not normal else None
             masks = mask_index(mask_folder) if mask_folder and mask_folder.is_dir() else {}
-            for path in images(kind):
+            for path in images_if_readable(kind):
                 yield Sample(
                     path=path,
                     category=category.name,

@@ -6,7 +6,7 @@ import csv
 from collections.abc import Iterator
 from pathlib import Path
 
-from uad_plugins.data.layouts.walking import child, folders, images, mask_index, stem_below
+from uad_plugins.data.layouts.walking import child, folders, images_if_readable, mask_index, stem_below
 from uad_plugins.data.samples import ANOMALOUS, NORMAL, Sample, in_test_share
 from uad_plugins.errors import UadxError
 
@@ -35,7 +35,7 @@ def scan(root: Path) -> Iterator[Sample]:
         masks = mask_index(mask_folder) if mask_folder else {}
         for kind in folders(pictures):
             normal = kind.name.lower() == "normal"
-            for path in images(kind):
+            for path in images_if_readable(kind):
                 name = stem_below(path, kind)
                 split = official.get(path) or (
                     "train" if normal and not in_test_share(f"{category.name}/{name}", TEST_SHARE) else "test"

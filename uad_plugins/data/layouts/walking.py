@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from uad_plugins.imaging import is_image
@@ -16,24 +17,37 @@ MASK_FOLDERS = frozenset({"ground_truth", "groundtruth", "gt", "mask", "masks"})
 
 
 def folders(root: Path) -> list[Path]:
-    """Return the sub-folders, sorted, hidden ones left out."""
+    """Return the sub-folders, sorted, hidden ones left out; none of what may not be read."""
     try:
         with os.scandir(root) as entries:
             return sorted(Path(e.path) for e in entries if e.is_dir() and not e.name.startswith("."))
-    except (NotADirectoryError, FileNotFoundError):
+    except (NotADirectoryError, FileNotFoundError, PermissionError):
         return []
 
 
 def images(root: Path) -> Iterator[str]:
-    """Yield the image files below a folder, at any depth, hidden files and folders left out."""
+    """Yield the image files below a folder, at any depth, hidden files and folders left out.
+
+    A folder below it that may not be read (``lost+found``) is left out; ``uadx data check`` names it.
+
+    Raises:
+        OSError: The folder itself cannot be read.
+    """
     with os.scandir(root) as entries:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
             if entry.is_dir():
-                yield from images(Path(entry.path))
+                with suppress(PermissionError):
+                    yield from images(Path(entry.path))
             elif is_image(entry.name):
                 yield entry.path
+
+
+def images_if_readable(root: Path) -> Iterator[str]:
+    """Yield what ``images`` does; nothing where the folder itself may not be read, as one below a data set's root."""
+    with suppress(PermissionError):
+        yield from images(root)
 
 
 def is_normal(name: str) -> bool:
@@ -49,7 +63,7 @@ def child(root: Path, *names: str) -> Path | None:
 def mask_index(root: Path) -> dict[str, str]:
     """Index the masks of one folder by the stem of the image they belong to (``000_mask.png`` belongs to ``000``)."""
     index: dict[str, str] = {}
-    for path in images(root):
+    for path in images_if_readable(root):
         stem = os.path.splitext(os.path.relpath(path, root))[0].replace("\\", "/")  # noqa: PTH122
         for ending in ("_mask", "_gt", "-mask", ""):
             if stem.lower().endswith(ending):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Sequence
 
@@ -63,22 +64,28 @@ def write_png(path: Path, picture: Image.Image) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def picture_names(paths: Sequence[str]) -> dict[str, str]:
+def picture_names(paths: Sequence[str], out: str | Path) -> dict[str, str]:
     """Return a file name for the heat map of each image, below one output folder.
 
     It is the image's path below the folder that all have in common, with ``_map`` added: it cannot climb out of the output
-    folder. Images that would get the same name get a number.
+    folder. No heat map takes the place of one of the images; images that would get the same name get a number.
     """
     absolute = {path: os.path.abspath(path) for path in paths}
     common = os.path.commonpath([os.path.dirname(path) for path in absolute.values()]) if paths else ""
+    place = lru_cache(maxsize=1024)(os.path.realpath)
+
+    def entry(path: str) -> str:
+        folder, name = os.path.split(path)
+        return os.path.join(place(folder), name).casefold()
+
     names: dict[str, str] = {}
-    taken = set()
+    taken = {entry(full) for full in absolute.values()}
     for path, full in absolute.items():
         stem, ending = os.path.splitext(os.path.relpath(full, common))
         name, number = f"{stem}_map.png", 1
-        while name in taken:
+        while entry(os.path.join(out, name)) in taken:
             name = f"{stem}_{ending.lstrip('.').lower()}_map.png" if number == 1 else f"{stem}_{number}_map.png"
             number += 1
-        taken.add(name)
+        taken.add(entry(os.path.join(out, name)))
         names[path] = name
     return names

@@ -48,7 +48,7 @@ def predict(
         RunnerError: The bundle does not know the category, the device fails, or a heat map cannot be written.
     """
     threshold = bundle.threshold(category)
-    names = picture_names(paths)
+    names = picture_names(paths, out) if out is not None else {}
     for path, error, score, anomaly_map in _scored(session, bundle, paths):
         row = {
             "path": path,

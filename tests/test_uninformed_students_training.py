@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from runs import small_config, small_run
+from torch.utils.data import DataLoader
 from typer.testing import CliRunner
 from uadx.app import app
 
@@ -330,6 +331,24 @@ def test_statistics_by_category(products, tmp_path):
             next(predict(detector, [path]))
 
 
+def test_worker_processes_change_nothing(run, products, tmp_path):
+    """Statistics of a pass of their own: the trainer's loader keeps its batches, with persistent workers too."""
+    metrics = small_run(products, tmp_path / "run", over() | {"data": {**OVER["data"], "num_workers": 1}})
+    known = read_json(run / "metrics.json")
+    assert metrics["best_val_loss"] == pytest.approx(known["best_val_loss"], rel=1e-5)
+    with open_detector(run) as one, open_detector(tmp_path / "run") as two:
+        for name in ("score_mean", "score_std", "feature_mean", "feature_std"):
+            assert torch.allclose(getattr(two.model.model, name), getattr(one.model.model, name), rtol=1e-4)
+
+
+def test_statistics_of_descriptors_do_not_depend_on_the_sampling(run, products, tmp_path):
+    data = {**OVER["data"], "sampling": "balanced", "samples_per_epoch": 5}
+    small_run(products, tmp_path / "run", over() | {"data": data, "trainer": {"max_epochs": 1}})
+    with open_detector(run) as one, open_detector(tmp_path / "run") as two:
+        for name in ("feature_mean", "feature_std"):
+            assert torch.allclose(getattr(two.model.model, name), getattr(one.model.model, name), rtol=1e-5)
+
+
 def test_natural_and_drawn_images_for_the_teacher(products, pictures, tmp_path):
     for images, said in ((str(pictures), "6 images in"), ("procedural", "drawn images")):
         out = tmp_path / said.split()[0]
@@ -380,6 +399,59 @@ def test_it_trains_on_a_datamodule_of_anomalibs_own(products, tmp_path):
     (figures,) = engine.test(model, datamodule=data)
     assert 0 <= figures["image_AUROC"] <= 1
     assert "10 normal training images at 64x64" in model.teacher_records[0]["images"]
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+@pytest.mark.parametrize("validated", ["its own loader", "no loader", "no batches", "no normal image"])
+def test_it_trains_on_loaders_without_a_datamodule(products, tmp_path, validated):
+    from anomalib.engine import Engine
+
+    data = small_datamodule(products)
+    data.setup()
+    model = UninformedStudents(
+        weights="bundled",
+        **{**OPTIONS, "patch_sizes": [17]},
+        pre_processor=UninformedStudents.configure_pre_processor((64, 64)),
+        visualizer=False,
+    )
+    held_out = data.val_dataloader()
+    if validated == "no normal image":
+        marked = list(held_out)
+        for batch in marked:
+            batch.gt_label = torch.ones_like(batch.gt_label)
+        held_out = DataLoader(marked, batch_size=None)
+    limit = {"limit_val_batches": 0} if validated == "no batches" else {}
+    engine = Engine(default_root_dir=tmp_path, max_epochs=1, accelerator="cpu", devices=1, logger=False, **limit)
+    loaders = [data.train_dataloader()] + ([held_out] if validated != "no loader" else [])
+    if validated == "its own loader":
+        engine.fit(model, *loaders)
+    else:
+        with pytest.warns(UserWarning, match="no normal image is held out: .* come from the training images"):
+            engine.fit(model, *loaders)
+    part = data.val_data if validated == "its own loader" else data.train_data
+    images = model.pre_processor(part.collate_fn([part[i] for i in range(len(part))]).image)
+    with torch.no_grad():
+        found = model.model.deviations(images)
+    expected = torch.stack([found.errors.mean(), found.variances.mean()])
+    assert torch.allclose(model.model.score_mean[0, 0], expected, rtol=1e-3)
+    # The post-processor has seen maps of these statistics.
+    if validated == "its own loader":
+        assert float(model.post_processor.image_threshold) <= float(model.model(images).pred_score.max()) + 1e-3
+        assert "normal training images" in model.teacher_records[0]["images"]
+
+
+def test_training_images_whose_files_are_not_known(tmp_path):
+    from lightning.pytorch import Trainer
+
+    item = UnifiedBatch(image=torch.rand(1, 3, 64, 64), gt_label=torch.zeros(1, dtype=torch.long))
+    model = UninformedStudents(weights="bundled", **{**OPTIONS, "patch_sizes": [17]}, visualizer=False)
+    trainer = Trainer(default_root_dir=tmp_path, max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False)
+    with pytest.raises(UadxError) as caught:
+        trainer.fit(model, DataLoader([item], batch_size=None), DataLoader([item], batch_size=None))
+    assert (
+        caught.value.message
+        == "the files of the training images are not known: their data set is neither of uadx nor of anomalib"
+    )
 
 
 def test_training_at_an_output_stride_of_its_own_reaches_every_pixel(monkeypatch):

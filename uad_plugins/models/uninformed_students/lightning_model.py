@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from uad_plugins.models.recipe import DistillationRecipe
 from uad_plugins.models.uninformed_students.networks import DIMENSIONS, PatchNetwork, patch_networks
 from uad_plugins.models.uninformed_students.options import BY_CATEGORY, GLOBAL, NORMAL, PROCEDURAL, UninformedStudentsOptions
 from uad_plugins.models.uninformed_students.passes import batches, flattened
-from uad_plugins.models.uninformed_students.patches import PatchSource, from_folder, from_samples
+from uad_plugins.models.uninformed_students.patches import PatchSource, from_dataset, from_folder
 from uad_plugins.models.uninformed_students.procedural import procedural_source
+from uad_plugins.models.uninformed_students.processes import on_first_process
 from uad_plugins.models.uninformed_students.teachers import (
     PretrainedFeature,
     TeacherRecord,
@@ -33,7 +35,7 @@ from uad_plugins.models.uninformed_students.teachers import (
     records_as_dict,
 )
 from uad_plugins.models.uninformed_students.torch_model import Moments, UninformedStudentsModel
-from uad_plugins.progress import counting
+from uad_plugins.progress import Progress, counting
 
 RECIPE = OptimizerConfig(name="adam", lr=1e-4, weight_decay=1e-5)
 
@@ -182,16 +184,30 @@ class UninformedStudents(DistillationRecipe, AnomalibModule):
         self.teacher_records += records_as_dict([record])
 
     def _distil(self) -> None:
-        source = self._patch_source()
-        # The first process fills the cache, the others read it.
-        for turn in (True, False):
-            if self.trainer.is_global_zero == turn:
-                for scale in self._missing:
-                    self._take(scale, *self._distilled(self.patch_sizes[scale], source))
-            self.trainer.strategy.barrier("teachers")
+        # On every process: setting loaders up is a meeting of all.
+        loaders = self._training_loaders()
+
+        def work(beat: Callable[[], None]) -> list[tuple[PatchNetwork, TeacherRecord]]:
+            source = self._patch_source(loaders)
+            return [self._distilled(self.patch_sizes[scale], source, beat) for scale in self._missing]
+
+        for scale, found in zip(self._missing, on_first_process(self.trainer.strategy, work), strict=True):
+            self._take(scale, *found)
         self._missing, self._pretrained = [], []
 
-    def _distilled(self, patch_size: int, source: PatchSource) -> tuple[PatchNetwork, TeacherRecord]:
+    def _distilled(
+        self, patch_size: int, source: PatchSource, beat: Callable[[], None]
+    ) -> tuple[PatchNetwork, TeacherRecord]:
+        @contextmanager
+        def report(what: str) -> Iterator[Progress]:
+            with counting(what) as show:
+
+                def update(done: int, total: int) -> None:
+                    beat()
+                    show(done, total)
+
+                yield update
+
         # Whether a teacher was in the cache must not change the random numbers of the training.
         with torch.random.fork_rng(devices=[]):
             return distilled_teacher(
@@ -201,29 +217,17 @@ class UninformedStudents(DistillationRecipe, AnomalibModule):
                 self._pretrained[0],
                 source,
                 device=self.trainer.strategy.root_device,
-                report=counting if self.trainer.is_global_zero else None,
+                report=report,
             )
 
-    def _patch_source(self) -> PatchSource:
+    def _patch_source(self, loaders: Any) -> PatchSource:
         images = self.teacher_recipe.images
         if images == PROCEDURAL:
             return procedural_source()
         if images != NORMAL:
             return from_folder(Path(images))
-        data = next((getattr(loader, "dataset", None) for loader in flattened(self._training_loaders())), None)
-        table = getattr(data, "table", None)
-        if data is not None and table is not None:
-            paths = [table.paths[int(i)] for i in data.indices]
-            names = [table.relative(int(i)) for i in data.indices]
-        elif data is not None and hasattr(data, "samples"):
-            paths = [str(path) for path in data.samples.image_path]
-            names = [Path(path).name for path in paths]
-        else:
-            raise UadxError(
-                "the files of the training images are not known: their data set is neither of uadx nor of anomalib",
-                "give the teacher natural images: teacher.images=FOLDER, or drawn ones: teacher.images=procedural",
-            )
-        return from_samples(paths, names, tuple(self.input_size or (256, 256)))
+        data = next((getattr(loader, "dataset", None) for loader in flattened(loaders)), None)
+        return from_dataset(data, tuple(self.input_size or (256, 256)))
 
     # Statistics
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -109,6 +110,27 @@ def from_folder(folder: Path, shorter_side: int = 256) -> PatchSource:
 
     names = [str(Path(path).relative_to(folder)) for path in paths]
     return PatchSource(image, len(paths), _fingerprint(paths, names), f"{len(paths)} images in {folder}")
+
+
+def from_dataset(data: Any, size: tuple[int, int]) -> PatchSource:
+    """Use the images of a training data set, uadx's or anomalib's, at the network's input size.
+
+    Raises:
+        UadxError: It is another one.
+    """
+    table = getattr(data, "table", None)
+    if table is not None:
+        paths = [table.paths[int(i)] for i in data.indices]
+        names = [table.relative(int(i)) for i in data.indices]
+    elif hasattr(data, "samples"):
+        paths = [str(path) for path in data.samples.image_path]
+        names = [Path(path).name for path in paths]
+    else:
+        raise UadxError(
+            "the files of the training images are not known: their data set is neither of uadx nor of anomalib",
+            "give the teacher natural images: teacher.images=FOLDER, or drawn ones: teacher.images=procedural",
+        )
+    return from_samples(paths, names, size)
 
 
 def from_samples(paths: Sequence[str], names: Sequence[str], size: tuple[int, int]) -> PatchSource:

@@ -1,6 +1,7 @@
 """Uninformed Students trained: teachers, statistics, resuming, and every verb."""
 
 import csv
+import dataclasses
 import json
 import shutil
 
@@ -84,13 +85,26 @@ def test_another_recipe_is_another_teacher(target, pictures, tmp_path, picture):
     source = patches.from_folder(pictures)
     recipe = TeacherRecipe(**TEACHER)
 
-    def key(recipe=recipe, patch_size=17, width=0.0625, source=source):
+    def key(recipe=recipe, patch_size=17, width=0.0625, source=source, target=target):
         return teachers.teacher_key(recipe, patch_size, width, target, source)
 
-    other = [recipe.model_copy(update={name: value}) for name, value in [("steps", 7), ("lr", 0.1), ("seed", 1)]]
+    changes = [("steps", 7), ("lr", 0.1), ("seed", 1), ("target_size", 32)]
+    other = [recipe.model_copy(update={name: value}) for name, value in changes]
+    weights = PretrainedFeature("resnet18", "bundled")
+    weights.record = dataclasses.replace(weights.record, sha256="0" * 64)
+    layer = PretrainedFeature("resnet18", "bundled", layer=2)
+    same_size = pictures / "0.png"
+    content = bytearray(same_size.read_bytes())
+    content[len(content) // 2] ^= 1
+    same_size.write_bytes(content)
+    changed = patches.from_folder(pictures)
     picture(pictures / "more.png", size=(60, 50))
-    keys = [key(), *map(key, other), key(patch_size=33), key(width=0.5), key(source=patches.from_folder(pictures))]
+    keys = [key(), *map(key, other), key(patch_size=33), key(width=0.5), key(target=weights), key(target=layer)]
+    keys += [key(source=changed), key(source=patches.from_folder(pictures))]
     assert len(set(keys)) == len(keys)
+    # The bundled weights end after layer 3: it is the target whichever of the two is asked for.
+    deeper = recipe.model_copy(update={"layer": 3})
+    assert key(deeper, target=PretrainedFeature("resnet18", "bundled", deeper.layer)) == keys[0]
     # Where the images lie is no part of it.
     shutil.copytree(pictures, tmp_path / "elsewhere")
     assert key(source=patches.from_folder(tmp_path / "elsewhere")) == keys[-1]
@@ -105,6 +119,21 @@ def test_a_damaged_cache_is_filled_anew(tmp_path, target, pictures):
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
+def test_a_damaged_checkpoint_is_begun_anew(tmp_path, target, pictures):
+    source = patches.from_folder(pictures)
+    first, record = distil_again(tmp_path / "whole", target, source)
+    torch.save({"step": 3}, tmp_path / "part.ckpt")
+    for content in (b"", b"damaged", (tmp_path / "part.ckpt").read_bytes()):
+        checkpoint = tmp_path / "broken" / f"{record.key}.ckpt"
+        checkpoint.parent.mkdir(exist_ok=True)
+        checkpoint.write_bytes(content)
+        second, again = distil_again(tmp_path / "broken", target, source)
+        assert again == record
+        assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+        assert not checkpoint.exists()
+        checkpoint.with_suffix(".safetensors").unlink()
+
+
 def test_an_interrupted_distillation_ends_as_an_unbroken_one(tmp_path, target, pictures, monkeypatch):
     source = patches.from_folder(pictures)
     monkeypatch.setattr(distillation, "CHECKPOINT_EVERY", 2)
@@ -116,8 +145,8 @@ def test_an_interrupted_distillation_ends_as_an_unbroken_one(tmp_path, target, p
         pass
 
     class Source(patches.PatchSource):
-        def batches(self, *arguments):
-            inner = super().batches(*arguments)
+        def batches(self, *arguments, **more):
+            inner = super().batches(*arguments, **more)
 
             def batch(step):
                 seen.append(step)
@@ -170,6 +199,39 @@ def test_patches_are_crops_and_depend_on_the_step_alone(pictures):
     for patch in (pixels * 255).round().astype(np.uint8):
         windows = [np.lib.stride_tricks.sliding_window_view(image, (17, 17, 3))[..., 0, :, :, :] for image in known]
         assert any((window == patch).all(axis=(-3, -2, -1)).any() for window in windows)
+
+
+def test_patches_of_one_scale_do_not_depend_on_those_of_another(tmp_path, picture):
+    picture(tmp_path / "small.png", size=(20, 20))
+    picture(tmp_path / "large.png", size=(50, 40))
+    picture(tmp_path / "larger.png", size=(60, 50))
+    several = patches.from_folder(tmp_path)
+    for patch_size, seed in ((17, 0), (33, 0), (17, 0), (17, 1)):
+        alone = patches.from_folder(tmp_path).batches(patch_size, 8, seed)(0)
+        for mine, other in zip(several.batches(patch_size, 8, seed)(0), alone, strict=True):
+            assert torch.equal(mine, other)
+
+
+def test_without_twins_the_patches_are_the_same(pictures):
+    source = patches.from_folder(pictures)
+    without = source.batches(17, 4, 0, twins=False)(2)
+    assert without[1] is None
+    assert torch.equal(without[0], source.batches(17, 4, 0)(2)[0])
+
+
+def test_twins_are_made_for_the_metric_loss_alone(tmp_path, target, pictures):
+    asked = []
+
+    class Source(patches.PatchSource):
+        def batches(self, *arguments, twins=True):
+            asked.append(twins)
+            return super().batches(*arguments, twins=twins)
+
+    known = patches.from_folder(pictures)
+    source = Source(known.images, known.count, known.fingerprint, known.description)
+    distil_again(tmp_path, target, source)
+    distil_again(tmp_path, target, source, metric=1.0)
+    assert asked == [False, True]
 
 
 def test_images_smaller_than_a_patch_are_left_out(tmp_path, picture):

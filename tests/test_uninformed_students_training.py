@@ -293,6 +293,14 @@ def test_a_run_records_its_teachers_and_finishes(run):
     assert manifest.weights["source"] == "bundled"
 
 
+def test_thresholds_are_not_set_by_the_ratio_of_scores(run, products, tmp_path):
+    assert {entry["how"] for entry in read_json(run / "thresholds.json")["categories"].values()} == {"normal"}
+    shutil.copytree(run, tmp_path / "run")
+    done = CliRunner().invoke(app, ["thresholds", str(tmp_path / "run"), str(products), "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["categories"] == read_json(run / "thresholds.json")["categories"]
+
+
 def test_statistics_come_from_the_parts_they_should(run, products):
     with open_detector(run) as detector:
         model = detector.model

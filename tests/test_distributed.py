@@ -4,8 +4,79 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
+
+from uad_plugins.errors import UadxError
+from uad_plugins.models.uninformed_students import processes
+
+
+class Threads:
+    """A strategy whose processes are threads, and whose broadcast gives up after half a second."""
+
+    def __init__(self, count):
+        self.meeting, self.content = threading.Barrier(count), None
+
+    def of(self, rank):
+        parent = self
+
+        class One:
+            is_global_zero = rank == 0
+
+            def broadcast(self, content):
+                if rank == 0:
+                    parent.content = content
+                parent.meeting.wait(0.5)
+                received = parent.content
+                parent.meeting.wait(0.5)
+                return received
+
+        return One()
+
+    def run(self, work):
+        found = {}
+
+        def one(rank):
+            try:
+                found[rank] = processes.on_first_process(self.of(rank), work)
+            except Exception as error:
+                found[rank] = error
+
+        threads = [threading.Thread(target=one, args=(rank,)) for rank in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return found
+
+
+def test_processes_wait_longer_than_the_timeout_of_their_group(monkeypatch):
+    monkeypatch.setattr(processes, "HEARTBEAT", 0.1)
+
+    def work(beat):
+        for _ in range(40):
+            time.sleep(0.03)
+            beat()
+        return "teacher"
+
+    assert Threads(2).run(work) == {0: "teacher", 1: "teacher"}
+
+
+def test_an_error_of_the_working_process_is_one_of_all():
+    for error, said in (
+        (UadxError("no image in it", "give another folder"), "no image in it (give another folder)"),
+        (RuntimeError("out of memory"), "the first process failed: out of memory"),
+    ):
+
+        def work(_beat, error=error):
+            raise error
+
+        found = Threads(2).run(work)
+        assert found[0] is error
+        assert isinstance(found[1], UadxError)
+        assert str(found[1]) == said
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from uad_plugins.evaluation.thresholds import (
     Threshold,
     Thresholds,
     best_f1,
-    common_log_spread,
+    common_spread,
     from_normal,
     set_thresholds,
     student_quantile,
@@ -48,14 +48,44 @@ def test_a_common_spread_tames_an_outlier():
     tight = np.exp(np.random.default_rng(3).normal(0, 0.2, (4, 8)))
     outlier = np.append(np.exp(np.random.default_rng(4).normal(0, 0.2, 7)), 30.0)
     names = np.repeat(np.array(["a", "b", "c", "d"]), 8)
-    spread = common_log_spread(tight.ravel(), names)
+    spread = common_spread(tight.ravel(), names)
     assert spread == pytest.approx(0.2, abs=0.06)
     assert from_normal(outlier, 0.01, spread).value < from_normal(outlier, 0.01).value
     assert from_normal(outlier, 0.01, spread).value >= 30.0
 
 
-@pytest.mark.parametrize("scores", [[1.0, 2.0], [-1.0, 0.5, 2.0], [2.0]])
-def test_scores_that_no_log_normal_fits_give_their_maximum(scores):
+Z_SCORES = np.array([0.02, 0.4, 0.7, 0.9, 1.1, 1.3, 1.6, 2.2])
+
+
+def test_scores_with_an_arbitrary_zero_give_the_bound_of_a_normal_prediction_interval():
+    expected = Z_SCORES.mean() + stats.t.ppf(0.99, 7) * Z_SCORES.std(ddof=1) * math.sqrt(1 + 1 / 8)
+    found = from_normal(Z_SCORES, 0.01, ratio_scale=False)
+    assert found.how == "normal"
+    assert found.value == pytest.approx(expected, rel=2e-3)
+    assert found.value < 4 < 17 < from_normal(Z_SCORES, 0.01).value
+    # Where their zero lies makes no difference; scores below it cannot have a ratio.
+    assert from_normal(Z_SCORES - 1, 0.01).value == pytest.approx(found.value - 1)
+    # Moderated like the other.
+    assert from_normal(Z_SCORES, 0.01, 0.1, ratio_scale=False).value < found.value
+
+
+def test_few_scores_of_normal_parts_keep_the_rate_whatever_their_zero():
+    rng = np.random.default_rng(5)
+    rates = [stats.norm.sf(from_normal(rng.normal(size=12), 0.01, ratio_scale=False).value) for _ in range(3000)]
+    assert np.mean(rates) == pytest.approx(0.01, abs=0.003)
+
+
+@pytest.mark.parametrize("ratio_scale", [True, False])
+def test_categories_share_the_scale_on_which_their_spread_is_common(ratio_scale):
+    scores = np.concatenate([Z_SCORES - 1, Z_SCORES + 3])
+    names = ["a"] * 8 + ["b"] * 8
+    found = set_thresholds(scores, np.zeros(16, int), names, source="", ratio_scale=ratio_scale)
+    assert {threshold.how for threshold in found.categories.values()} == {"normal"}
+    assert found.categories["b"].value - found.categories["a"].value == pytest.approx(4)
+
+
+@pytest.mark.parametrize("scores", [[1.0, 2.0], [-1.0, 2.0], [2.0]])
+def test_too_few_scores_for_a_spread_give_their_maximum(scores):
     assert from_normal(np.array(scores), 0.01) == Threshold(2.0, "quantile", len(scores))
 
 

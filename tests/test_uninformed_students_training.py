@@ -1,6 +1,7 @@
 """Uninformed Students trained: teachers, statistics, resuming, and every verb."""
 
 import csv
+import dataclasses
 import json
 import shutil
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from runs import small_config, small_run
+from torch.utils.data import DataLoader
 from typer.testing import CliRunner
 from uadx.app import app
 
@@ -83,13 +85,26 @@ def test_another_recipe_is_another_teacher(target, pictures, tmp_path, picture):
     source = patches.from_folder(pictures)
     recipe = TeacherRecipe(**TEACHER)
 
-    def key(recipe=recipe, patch_size=17, width=0.0625, source=source):
+    def key(recipe=recipe, patch_size=17, width=0.0625, source=source, target=target):
         return teachers.teacher_key(recipe, patch_size, width, target, source)
 
-    other = [recipe.model_copy(update={name: value}) for name, value in [("steps", 7), ("lr", 0.1), ("seed", 1)]]
+    changes = [("steps", 7), ("lr", 0.1), ("seed", 1), ("target_size", 32)]
+    other = [recipe.model_copy(update={name: value}) for name, value in changes]
+    weights = PretrainedFeature("resnet18", "bundled")
+    weights.record = dataclasses.replace(weights.record, sha256="0" * 64)
+    layer = PretrainedFeature("resnet18", "bundled", layer=2)
+    same_size = pictures / "0.png"
+    content = bytearray(same_size.read_bytes())
+    content[len(content) // 2] ^= 1
+    same_size.write_bytes(content)
+    changed = patches.from_folder(pictures)
     picture(pictures / "more.png", size=(60, 50))
-    keys = [key(), *map(key, other), key(patch_size=33), key(width=0.5), key(source=patches.from_folder(pictures))]
+    keys = [key(), *map(key, other), key(patch_size=33), key(width=0.5), key(target=weights), key(target=layer)]
+    keys += [key(source=changed), key(source=patches.from_folder(pictures))]
     assert len(set(keys)) == len(keys)
+    # The bundled weights end after layer 3: it is the target whichever of the two is asked for.
+    deeper = recipe.model_copy(update={"layer": 3})
+    assert key(deeper, target=PretrainedFeature("resnet18", "bundled", deeper.layer)) == keys[0]
     # Where the images lie is no part of it.
     shutil.copytree(pictures, tmp_path / "elsewhere")
     assert key(source=patches.from_folder(tmp_path / "elsewhere")) == keys[-1]
@@ -104,6 +119,21 @@ def test_a_damaged_cache_is_filled_anew(tmp_path, target, pictures):
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
+def test_a_damaged_checkpoint_is_begun_anew(tmp_path, target, pictures):
+    source = patches.from_folder(pictures)
+    first, record = distil_again(tmp_path / "whole", target, source)
+    torch.save({"step": 3}, tmp_path / "part.ckpt")
+    for content in (b"", b"damaged", (tmp_path / "part.ckpt").read_bytes()):
+        checkpoint = tmp_path / "broken" / f"{record.key}.ckpt"
+        checkpoint.parent.mkdir(exist_ok=True)
+        checkpoint.write_bytes(content)
+        second, again = distil_again(tmp_path / "broken", target, source)
+        assert again == record
+        assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+        assert not checkpoint.exists()
+        checkpoint.with_suffix(".safetensors").unlink()
+
+
 def test_an_interrupted_distillation_ends_as_an_unbroken_one(tmp_path, target, pictures, monkeypatch):
     source = patches.from_folder(pictures)
     monkeypatch.setattr(distillation, "CHECKPOINT_EVERY", 2)
@@ -115,8 +145,8 @@ def test_an_interrupted_distillation_ends_as_an_unbroken_one(tmp_path, target, p
         pass
 
     class Source(patches.PatchSource):
-        def batches(self, *arguments):
-            inner = super().batches(*arguments)
+        def batches(self, *arguments, **more):
+            inner = super().batches(*arguments, **more)
 
             def batch(step):
                 seen.append(step)
@@ -169,6 +199,39 @@ def test_patches_are_crops_and_depend_on_the_step_alone(pictures):
     for patch in (pixels * 255).round().astype(np.uint8):
         windows = [np.lib.stride_tricks.sliding_window_view(image, (17, 17, 3))[..., 0, :, :, :] for image in known]
         assert any((window == patch).all(axis=(-3, -2, -1)).any() for window in windows)
+
+
+def test_patches_of_one_scale_do_not_depend_on_those_of_another(tmp_path, picture):
+    picture(tmp_path / "small.png", size=(20, 20))
+    picture(tmp_path / "large.png", size=(50, 40))
+    picture(tmp_path / "larger.png", size=(60, 50))
+    several = patches.from_folder(tmp_path)
+    for patch_size, seed in ((17, 0), (33, 0), (17, 0), (17, 1)):
+        alone = patches.from_folder(tmp_path).batches(patch_size, 8, seed)(0)
+        for mine, other in zip(several.batches(patch_size, 8, seed)(0), alone, strict=True):
+            assert torch.equal(mine, other)
+
+
+def test_without_twins_the_patches_are_the_same(pictures):
+    source = patches.from_folder(pictures)
+    without = source.batches(17, 4, 0, twins=False)(2)
+    assert without[1] is None
+    assert torch.equal(without[0], source.batches(17, 4, 0)(2)[0])
+
+
+def test_twins_are_made_for_the_metric_loss_alone(tmp_path, target, pictures):
+    asked = []
+
+    class Source(patches.PatchSource):
+        def batches(self, *arguments, twins=True):
+            asked.append(twins)
+            return super().batches(*arguments, twins=twins)
+
+    known = patches.from_folder(pictures)
+    source = Source(known.images, known.count, known.fingerprint, known.description)
+    distil_again(tmp_path, target, source)
+    distil_again(tmp_path, target, source, metric=1.0)
+    assert asked == [False, True]
 
 
 def test_images_smaller_than_a_patch_are_left_out(tmp_path, picture):
@@ -228,6 +291,14 @@ def test_a_run_records_its_teachers_and_finishes(run):
     assert [(t["patch_size"], t["source"]) for t in manifest.method["teachers"]] == [(17, "distilled"), (33, "distilled")]
     assert "normal training images at 64x64" in manifest.method["teachers"][0]["images"]
     assert manifest.weights["source"] == "bundled"
+
+
+def test_thresholds_are_not_set_by_the_ratio_of_scores(run, products, tmp_path):
+    assert {entry["how"] for entry in read_json(run / "thresholds.json")["categories"].values()} == {"normal"}
+    shutil.copytree(run, tmp_path / "run")
+    done = CliRunner().invoke(app, ["thresholds", str(tmp_path / "run"), str(products), "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["categories"] == read_json(run / "thresholds.json")["categories"]
 
 
 def test_statistics_come_from_the_parts_they_should(run, products):
@@ -330,6 +401,24 @@ def test_statistics_by_category(products, tmp_path):
             next(predict(detector, [path]))
 
 
+def test_worker_processes_change_nothing(run, products, tmp_path):
+    """Statistics of a pass of their own: the trainer's loader keeps its batches, with persistent workers too."""
+    metrics = small_run(products, tmp_path / "run", over() | {"data": {**OVER["data"], "num_workers": 1}})
+    known = read_json(run / "metrics.json")
+    assert metrics["best_val_loss"] == pytest.approx(known["best_val_loss"], rel=1e-5)
+    with open_detector(run) as one, open_detector(tmp_path / "run") as two:
+        for name in ("score_mean", "score_std", "feature_mean", "feature_std"):
+            assert torch.allclose(getattr(two.model.model, name), getattr(one.model.model, name), rtol=1e-4)
+
+
+def test_statistics_of_descriptors_do_not_depend_on_the_sampling(run, products, tmp_path):
+    data = {**OVER["data"], "sampling": "balanced", "samples_per_epoch": 5}
+    small_run(products, tmp_path / "run", over() | {"data": data, "trainer": {"max_epochs": 1}})
+    with open_detector(run) as one, open_detector(tmp_path / "run") as two:
+        for name in ("feature_mean", "feature_std"):
+            assert torch.allclose(getattr(two.model.model, name), getattr(one.model.model, name), rtol=1e-5)
+
+
 def test_natural_and_drawn_images_for_the_teacher(products, pictures, tmp_path):
     for images, said in ((str(pictures), "6 images in"), ("procedural", "drawn images")):
         out = tmp_path / said.split()[0]
@@ -380,6 +469,59 @@ def test_it_trains_on_a_datamodule_of_anomalibs_own(products, tmp_path):
     (figures,) = engine.test(model, datamodule=data)
     assert 0 <= figures["image_AUROC"] <= 1
     assert "10 normal training images at 64x64" in model.teacher_records[0]["images"]
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+@pytest.mark.parametrize("validated", ["its own loader", "no loader", "no batches", "no normal image"])
+def test_it_trains_on_loaders_without_a_datamodule(products, tmp_path, validated):
+    from anomalib.engine import Engine
+
+    data = small_datamodule(products)
+    data.setup()
+    model = UninformedStudents(
+        weights="bundled",
+        **{**OPTIONS, "patch_sizes": [17]},
+        pre_processor=UninformedStudents.configure_pre_processor((64, 64)),
+        visualizer=False,
+    )
+    held_out = data.val_dataloader()
+    if validated == "no normal image":
+        marked = list(held_out)
+        for batch in marked:
+            batch.gt_label = torch.ones_like(batch.gt_label)
+        held_out = DataLoader(marked, batch_size=None)
+    limit = {"limit_val_batches": 0} if validated == "no batches" else {}
+    engine = Engine(default_root_dir=tmp_path, max_epochs=1, accelerator="cpu", devices=1, logger=False, **limit)
+    loaders = [data.train_dataloader()] + ([held_out] if validated != "no loader" else [])
+    if validated == "its own loader":
+        engine.fit(model, *loaders)
+    else:
+        with pytest.warns(UserWarning, match="no normal image is held out: .* come from the training images"):
+            engine.fit(model, *loaders)
+    part = data.val_data if validated == "its own loader" else data.train_data
+    images = model.pre_processor(part.collate_fn([part[i] for i in range(len(part))]).image)
+    with torch.no_grad():
+        found = model.model.deviations(images)
+    expected = torch.stack([found.errors.mean(), found.variances.mean()])
+    assert torch.allclose(model.model.score_mean[0, 0], expected, rtol=1e-3)
+    # The post-processor has seen maps of these statistics.
+    if validated == "its own loader":
+        assert float(model.post_processor.image_threshold) <= float(model.model(images).pred_score.max()) + 1e-3
+        assert "normal training images" in model.teacher_records[0]["images"]
+
+
+def test_training_images_whose_files_are_not_known(tmp_path):
+    from lightning.pytorch import Trainer
+
+    item = UnifiedBatch(image=torch.rand(1, 3, 64, 64), gt_label=torch.zeros(1, dtype=torch.long))
+    model = UninformedStudents(weights="bundled", **{**OPTIONS, "patch_sizes": [17]}, visualizer=False)
+    trainer = Trainer(default_root_dir=tmp_path, max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False)
+    with pytest.raises(UadxError) as caught:
+        trainer.fit(model, DataLoader([item], batch_size=None), DataLoader([item], batch_size=None))
+    assert (
+        caught.value.message
+        == "the files of the training images are not known: their data set is neither of uadx nor of anomalib"
+    )
 
 
 def test_training_at_an_output_stride_of_its_own_reaches_every_pixel(monkeypatch):

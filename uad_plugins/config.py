@@ -225,6 +225,11 @@ def model_plugin(name: str) -> Any:
     return registry().get("model", name.partition(":")[0])
 
 
+def ratio_scale(name: str) -> bool:
+    """Return ``ModelPlugin.ratio_scale`` of a method; True for one that is not installed here."""
+    return all(plugin.ratio_scale for plugin in registry().items("model") if plugin.name == name.partition(":")[0])
+
+
 def validate(tree: Mapping[str, Any]) -> TrainConfig:
     """Validate a tree against the schema.
 

@@ -50,6 +50,7 @@ class ModelPlugin:
         recipe: Path of a YAML file with the method's defaults, or None.
         backbones: Function that returns the backbone names the method takes; None when it has no backbone.
         supports: What else can be done with the trained model: any of ``export``, ``qat``.
+        ratio_scale: A score of 0 means no deviation at all; False where the zero is arbitrary, as that of z-scores is.
     """
 
     name: str
@@ -60,6 +61,7 @@ class ModelPlugin:
     recipe: Path | None = None
     backbones: Callable[[], list[str]] | None = None
     supports: frozenset[str] = frozenset()
+    ratio_scale: bool = True
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,8 @@ class Threshold:
 
     Attributes:
         value: Scores above it are anomalous.
-        how: ``quantile``: an order statistic of the normal scores; ``lognormal``: the upper prediction bound of a log-normal
-            distribution, where there are too few scores for the quantile; ``f1``: best F1 on labelled scores.
+        how: ``quantile``: an order statistic of the normal scores; ``lognormal``, ``normal``: the upper prediction bound of
+            such a distribution, where there are too few scores for the quantile; ``f1``: best F1 on labelled scores.
         normal: Normal images it was set from.
         anomalous: Anomalous images it was set from.
     """
@@ -96,18 +96,23 @@ PRIOR_FREEDOM = 8
 """Weight, in degrees of freedom, of the spread common to all categories where one has few scores of its own."""
 
 
-def from_normal(scores: NDArray[np.floating], target_fpr: float, common_spread: float | None = None) -> Threshold:
+def from_normal(
+    scores: NDArray[np.floating], target_fpr: float, common: float | None = None, ratio_scale: bool = True
+) -> Threshold:
     """Set a threshold from the scores of normal images alone.
 
     With at least ``1 / target_fpr - 1`` scores it is the order statistic that a new normal image exceeds with a probability
     of at most ``target_fpr`` (split-conformal prediction). With fewer no order statistic can promise that; then the scores
-    are taken as log-normal and the threshold is the upper bound of their prediction interval. The spread of few scores is
-    itself uncertain, so it is moderated by the spread that the categories have in common.
+    are taken as log-normal and the threshold is the upper bound of their prediction interval. Scores whose zero is
+    arbitrary, such as z-scores, are taken as normal: shifted by a constant they get a threshold shifted by it, while their
+    logarithms would be anything. The spread of few scores is itself uncertain, so it is moderated by the spread that the
+    categories have in common.
 
     Args:
         scores: ``(N,)``, finite.
         target_fpr: 0..1 exclusive.
-        common_spread: Standard deviation of the log scores within categories, over all of them; None: not known.
+        common: What ``common_spread`` returns for all categories; None: not known.
+        ratio_scale: A score of 0 means no deviation at all. Scores of 0 and below belie it.
 
     Raises:
         UadxError: There is no score.
@@ -119,30 +124,34 @@ def from_normal(scores: NDArray[np.floating], target_fpr: float, common_spread: 
     rank = math.ceil((count + 1) * (1 - target_fpr))
     if rank <= count:
         return Threshold(float(ordered[rank - 1]), "quantile", count)
-    freedom = count - 1 + (PRIOR_FREEDOM if common_spread is not None else 0)
-    if freedom < 2 or ordered[0] <= 0:
+    freedom = count - 1 + (PRIOR_FREEDOM if common is not None else 0)
+    if freedom < 2:
         return Threshold(float(ordered[-1]), "quantile", count)
-    logs = np.log(ordered)
-    squares = float(((logs - logs.mean()) ** 2).sum()) + (
-        PRIOR_FREEDOM * common_spread**2 if common_spread is not None else 0
-    )
+    ratio_scale = ratio_scale and bool(ordered[0] > 0)
+    values = np.log(ordered) if ratio_scale else ordered
+    squares = float(((values - values.mean()) ** 2).sum()) + (PRIOR_FREEDOM * common**2 if common is not None else 0)
     spread = math.sqrt(squares / freedom * (1 + 1 / count))
-    bound = math.exp(float(logs.mean()) + student_quantile(1 - target_fpr, freedom) * spread)
-    return Threshold(max(bound, float(ordered[-1])), "lognormal", count)
+    bound = float(values.mean()) + student_quantile(1 - target_fpr, freedom) * spread
+    bound = math.exp(bound) if ratio_scale else bound
+    return Threshold(max(bound, float(ordered[-1])), "lognormal" if ratio_scale else "normal", count)
 
 
-def common_log_spread(scores: NDArray[np.floating], categories: NDArray[np.str_]) -> float | None:
-    """Return the standard deviation of log scores within categories; None without two categories of two positive scores."""
+def common_spread(scores: NDArray[np.floating], categories: NDArray[np.str_], ratio_scale: bool = True) -> float | None:
+    """Return the standard deviation of (log) scores within categories; None without two categories of two scores.
+
+    Args:
+        scores: ``(N,)``; positive where on a ratio scale.
+        categories: ``(N,)``.
+        ratio_scale: Take logarithms.
+    """
+    values = np.log(scores) if ratio_scale else scores
     squares, freedom, used = 0.0, 0, 0
     for name in np.unique(categories):
-        mine = scores[categories == name]
-        if len(mine) >= 2 and bool((mine > 0).all()):
-            logs = np.log(mine)
-            squares, freedom, used = (
-                squares + float(((logs - logs.mean()) ** 2).sum()),
-                freedom + len(mine) - 1,
-                used + 1,
-            )
+        mine = values[categories == name]
+        if len(mine) >= 2:
+            squares += float(((mine - mine.mean()) ** 2).sum())
+            freedom += len(mine) - 1
+            used += 1
     return math.sqrt(squares / freedom) if used >= 2 else None
 
 
@@ -202,6 +211,7 @@ def set_thresholds(
     method: str = NORMAL_FPR,
     target_fpr: float = 0.01,
     source: str,
+    ratio_scale: bool = True,
 ) -> Thresholds:
     """Set the thresholds of every category and the pooled one.
 
@@ -212,6 +222,7 @@ def set_thresholds(
         method: ``normal-fpr`` or ``best-f1``.
         target_fpr: For ``normal-fpr``.
         source: Which images these are, in words; written down with the thresholds.
+        ratio_scale: See ``from_normal``.
 
     Raises:
         UadxError: There is nothing to set a threshold from.
@@ -221,12 +232,14 @@ def set_thresholds(
     names = np.asarray(categories, dtype=np.str_)
     usable = np.isfinite(scores)
     normal = usable & (labels == 0)
-    spread = common_log_spread(scores[normal], names[normal]) if method == NORMAL_FPR else None
+    # One scale for all: what the categories have in common is measured on it.
+    ratio_scale = ratio_scale and bool((scores[normal] > 0).all())
+    spread = common_spread(scores[normal], names[normal], ratio_scale) if method == NORMAL_FPR else None
 
     def one(chosen: NDArray[np.bool_], common: float | None) -> Threshold:
         if method == BEST_F1:
             return best_f1(scores[chosen], labels[chosen])
-        return from_normal(scores[chosen & normal], target_fpr, common)
+        return from_normal(scores[chosen & normal], target_fpr, common, ratio_scale)
 
     def has_own(name: str) -> bool:
         mine = usable & (names == name)
@@ -250,6 +263,7 @@ def thresholds_from_samples(
     method: str,
     target_fpr: float,
     kind: str,
+    ratio_scale: bool = True,
     progress: Progress | None = None,
 ) -> Thresholds:
     """Score samples and set thresholds from them.
@@ -261,6 +275,7 @@ def thresholds_from_samples(
         method: See ``set_thresholds``.
         target_fpr: See ``set_thresholds``.
         kind: Which images these are, in words.
+        ratio_scale: See ``from_normal``.
         progress: Called with images done and images in all.
     """
     check_request(method, target_fpr)
@@ -277,5 +292,6 @@ def thresholds_from_samples(
         categories,
         method=method,
         target_fpr=target_fpr,
+        ratio_scale=ratio_scale,
         source=f"{int(np.isfinite(scores).sum())} {'labelled' if method == BEST_F1 else 'normal'} images {kind}",
     )

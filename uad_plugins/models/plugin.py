@@ -175,6 +175,7 @@ def uadx_register_models() -> list[ModelPlugin]:
             recipe=recipe_path("uninformed_students"),
             backbones=_timm_resnets,
             supports=frozenset({"export", "qat"}),
+            ratio_scale=False,
         ),
         ModelPlugin(
             name="anomalib",

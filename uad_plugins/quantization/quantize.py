@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from uad_plugins.artifacts import Run, checked, sha256_of, write_json
-from uad_plugins.config import model_plugin, validated
+from uad_plugins.config import model_plugin, ratio_scale, validated
 from uad_plugins.data.layouts import scan
 from uad_plugins.data.samples import ANOMALOUS, SampleTable, hold_out
 from uad_plugins.detector import Detector
@@ -246,6 +246,7 @@ def _judge(
         method=NORMAL_FPR,
         target_fpr=float(manifest.source["target_fpr"]),
         kind="held out from training",
+        ratio_scale=ratio_scale(manifest.model),
     )
     write_json(station.thresholds_file, thresholds.as_dict())
     if labelled and len(request.table.where(split="test", label=ANOMALOUS)):

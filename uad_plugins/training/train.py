@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from uad_plugins.artifacts import MANIFEST, Run, RunManifest, sha256_of, versions, write_json
-from uad_plugins.config import TrainConfig, model_plugin
+from uad_plugins.config import TrainConfig, model_plugin, ratio_scale
 from uad_plugins.data.datamodule import UnifiedDataModule
 from uad_plugins.data.pixel_cache import PixelCache
 from uad_plugins.data.samples import ANOMALOUS, SPLITS, SampleTable
@@ -234,6 +234,7 @@ def _finish(
             method=config.thresholds.method,
             target_fpr=config.thresholds.target_fpr,
             kind="held out from training",
+            ratio_scale=ratio_scale(config.model.name),
         )
     write_json(run.thresholds_file, thresholds.as_dict())
     metrics = {

@@ -27,6 +27,7 @@ def thresholds(
     trained on, from the images held out from training alone.
     """
     from uad_plugins.artifacts import write_json
+    from uad_plugins.config import ratio_scale
     from uad_plugins.data.layouts import scan
     from uad_plugins.data.samples import hold_out
     from uad_plugins.detector import open_detector
@@ -49,6 +50,7 @@ def thresholds(
             method=method,
             target_fpr=target_fpr,
             kind=kind,
+            ratio_scale=ratio_scale(_method(run)),
             progress=progress,
         )
     if not dry_run:
@@ -73,3 +75,11 @@ def _trained_on(folder: Path) -> tuple[dict[str, Any], Path]:
         return station.manifest().source, station.thresholds_file
     run = Run.open(folder)
     return run.source(), run.thresholds_file
+
+
+def _method(folder: Path) -> str:
+    """Return the method of a run or a quantized model."""
+    from uad_plugins.artifacts import Run
+    from uad_plugins.quantized import MANIFEST, Quantized
+
+    return (Quantized.open(folder) if (folder / MANIFEST).is_file() else Run.open(folder)).manifest().model

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,8 +21,11 @@ CHECKPOINT_EVERY = 250
 STANDARDISED_OVER = 16
 """Batches whose features say how the target is standardised."""
 
-Batch = tuple[torch.Tensor, torch.Tensor]
-"""Patches and their slightly changed twins, float32 ``(N, 3, p, p)``, normalised."""
+STATE = ("teacher", "decoder", "optimizer", "step", "recent")
+"""What a checkpoint holds."""
+
+Batch = tuple[torch.Tensor, torch.Tensor | None]
+"""Patches and their slightly changed twins, float32 ``(N, 3, p, p)``, normalised; the metric loss alone needs twins."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,7 @@ def total_loss(
     if weights.knowledge:
         loss = loss + weights.knowledge * knowledge_loss(decoder(descriptor), target)
     if weights.metric:
+        assert twins is not None  # whoever weighs the metric loss asks for them
         # Neighbours in a batch are patches of different images.
         positive, negative = teacher(twins)[:, 0], descriptor.roll(1, dims=0)
         loss = loss + weights.metric * metric_loss(descriptor, positive, negative, weights.margin)
@@ -141,15 +146,16 @@ def distil(
         decoder = nn.Linear(DIMENSIONS, len(mean)).to(device)
     optimizer = torch.optim.Adam([*teacher.parameters(), *decoder.parameters()], lr=lr, weight_decay=weight_decay)
     first, recent = 0, 0.0
-    if checkpoint.is_file():
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
+    state = _read(checkpoint, device)
+    if state is not None:
         teacher.load_state_dict(state["teacher"])
         decoder.load_state_dict(state["decoder"])
         optimizer.load_state_dict(state["optimizer"])
         first, recent = state["step"], state["recent"]
     counted = max(1, steps // 10)
     for step in range(first, steps):
-        patches, twins = (part.to(device) for part in batches(step))
+        patches, twins = (part if part is None else part.to(device) for part in batches(step))
+        assert patches is not None  # only twins may be left out
         with torch.no_grad():
             wanted = (target(patches) - mean) / std
         loss = total_loss(teacher, decoder, (patches, twins), wanted, weights)
@@ -176,6 +182,18 @@ def _feature_statistics(
     std = features.std(dim=0)
     # A feature that never varies is left as it is.
     return features.mean(dim=0), torch.where(std > 1e-6, std, 1.0)
+
+
+def _read(path: Path, device: torch.device) -> dict[str, Any] | None:
+    """Return what ``_save`` wrote; None where there is none, or a damaged one: then the distillation starts anew."""
+    if not path.is_file():
+        return None
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        return {key: state[key] for key in STATE}
+    except Exception:
+        # torch and zipfile raise many kinds for a damaged file.
+        return None
 
 
 def _save(

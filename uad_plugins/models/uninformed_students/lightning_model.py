@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from anomalib.models import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from uad_plugins.config import OptimizerConfig
@@ -21,8 +23,10 @@ from uad_plugins.models.backbones import BUNDLED, CHECKPOINT, HUB, require_archi
 from uad_plugins.models.recipe import DistillationRecipe
 from uad_plugins.models.uninformed_students.networks import DIMENSIONS, PatchNetwork, patch_networks
 from uad_plugins.models.uninformed_students.options import BY_CATEGORY, GLOBAL, NORMAL, PROCEDURAL, UninformedStudentsOptions
-from uad_plugins.models.uninformed_students.patches import PatchSource, from_folder, from_samples
+from uad_plugins.models.uninformed_students.passes import batches, flattened
+from uad_plugins.models.uninformed_students.patches import PatchSource, from_dataset, from_folder
 from uad_plugins.models.uninformed_students.procedural import procedural_source
+from uad_plugins.models.uninformed_students.processes import on_first_process
 from uad_plugins.models.uninformed_students.teachers import (
     PretrainedFeature,
     TeacherRecord,
@@ -31,7 +35,7 @@ from uad_plugins.models.uninformed_students.teachers import (
     records_as_dict,
 )
 from uad_plugins.models.uninformed_students.torch_model import Moments, UninformedStudentsModel
-from uad_plugins.progress import counting
+from uad_plugins.progress import Progress, counting
 
 RECIPE = OptimizerConfig(name="adam", lr=1e-4, weight_decay=1e-5)
 
@@ -41,8 +45,9 @@ class UninformedStudents(DistillationRecipe, AnomalibModule):
 
     The teachers are taken from the package (``weights="bundled"``, where one ships for the patch size and width), from the
     cache, or are distilled when training begins. The statistics of their descriptors are taken from the training images
-    before the first step; those of error and variance from the held-out images before each validation, so that every
-    checkpoint holds the ones that belong to its weights.
+    before the first step, each image once whatever the sampling, of the pixels that the output stride gives: with a stride
+    of 4 every sixteenth. Those of error and variance are taken from the held-out images before each validation (without any,
+    from the training images after each epoch), so that the checkpoints written then hold the ones of their weights.
 
     Args:
         backbone: timm ResNet that the teachers are distilled from.
@@ -178,17 +183,31 @@ class UninformedStudents(DistillationRecipe, AnomalibModule):
         patch_networks(self.model.teachers)[scale].take(network)
         self.teacher_records += records_as_dict([record])
 
-    def _distil(self, datamodule: Any) -> None:
-        source = self._patch_source(datamodule)
-        # The first process fills the cache, the others read it.
-        for turn in (True, False):
-            if self.trainer.is_global_zero == turn:
-                for scale in self._missing:
-                    self._take(scale, *self._distilled(self.patch_sizes[scale], source))
-            self.trainer.strategy.barrier("teachers")
+    def _distil(self) -> None:
+        # On every process: setting loaders up is a meeting of all.
+        loaders = self._training_loaders()
+
+        def work(beat: Callable[[], None]) -> list[tuple[PatchNetwork, TeacherRecord]]:
+            source = self._patch_source(loaders)
+            return [self._distilled(self.patch_sizes[scale], source, beat) for scale in self._missing]
+
+        for scale, found in zip(self._missing, on_first_process(self.trainer.strategy, work), strict=True):
+            self._take(scale, *found)
         self._missing, self._pretrained = [], []
 
-    def _distilled(self, patch_size: int, source: PatchSource) -> tuple[PatchNetwork, TeacherRecord]:
+    def _distilled(
+        self, patch_size: int, source: PatchSource, beat: Callable[[], None]
+    ) -> tuple[PatchNetwork, TeacherRecord]:
+        @contextmanager
+        def report(what: str) -> Iterator[Progress]:
+            with counting(what) as show:
+
+                def update(done: int, total: int) -> None:
+                    beat()
+                    show(done, total)
+
+                yield update
+
         # Whether a teacher was in the cache must not change the random numbers of the training.
         with torch.random.fork_rng(devices=[]):
             return distilled_teacher(
@@ -198,71 +217,91 @@ class UninformedStudents(DistillationRecipe, AnomalibModule):
                 self._pretrained[0],
                 source,
                 device=self.trainer.strategy.root_device,
-                report=counting if self.trainer.is_global_zero else None,
+                report=report,
             )
 
-    def _patch_source(self, datamodule: Any) -> PatchSource:
+    def _patch_source(self, loaders: Any) -> PatchSource:
         images = self.teacher_recipe.images
         if images == PROCEDURAL:
             return procedural_source()
         if images != NORMAL:
             return from_folder(Path(images))
-        data = getattr(datamodule, "train_data", None)
-        if data is None:
-            raise UadxError(
-                "no datamodule to take training images from",
-                "give the teacher natural images: teacher.images=FOLDER, or drawn ones: teacher.images=procedural",
-            )
-        table = getattr(data, "table", None)
-        if table is not None:
-            paths = [table.paths[int(i)] for i in data.indices]
-            names = [table.relative(int(i)) for i in data.indices]
-        else:
-            paths = [str(path) for path in data.samples.image_path]
-            names = [Path(path).name for path in paths]
-        return from_samples(paths, names, tuple(self.input_size or (256, 256)))
+        data = next((getattr(loader, "dataset", None) for loader in flattened(loaders)), None)
+        return from_dataset(data, tuple(self.input_size or (256, 256)))
 
     # Statistics
 
     def on_fit_start(self) -> None:
-        """Get the teachers, and mean and deviation of their descriptors over the training pixels.
+        """Get the teachers, and mean and deviation of their descriptors over the training images.
 
         A checkpoint that training goes on from has been read by now: what it brought is kept.
         """
         super().on_fit_start()
         if self._missing:
-            self._distil(getattr(self.trainer, "datamodule", None))
+            self._distil()
         if not self.model.normalised:
-            self._set_feature_statistics(self.trainer.datamodule.train_dataloader())
+            self._set_feature_statistics()
 
-    def _set_feature_statistics(self, loader: Any) -> None:
+    def _training_loaders(self) -> Any:
+        # Lightning sets them up after this hook, unless a schedule has asked for the number of steps before.
+        self.trainer.fit_loop.setup_data()
+        return self.trainer.train_dataloader
+
+    def _set_feature_statistics(self) -> None:
+        """Take the statistics of the descriptors that are evaluated: at the output stride, of each training image once."""
         moments = [self._moments(DIMENSIONS) for _ in self.patch_sizes]
-        for images, rows, _ in self._batches(loader):
+        for images, rows, _ in self._images(batches(self._training_loaders())):
             for moment, target in zip(moments, self.model.targets(images), strict=True):
                 for row, descriptors in zip(rows, target[:, 0], strict=True):
                     moment.add(row, descriptors.flatten(1).T)
-        for scale, moment in enumerate(moments):
-            mean, std = self._reduced(moment).result()
-            self.model.feature_mean[scale], self.model.feature_std[scale] = mean, std
+        found = [self._reduced(moment) for moment in moments]
+        if found[0].empty:
+            raise UadxError("there is no training image", "the teachers' descriptors are normalised over those")
+        for scale, moment in enumerate(found):
+            self.model.feature_mean[scale], self.model.feature_std[scale] = moment.result()
 
     def on_validation_epoch_start(self) -> None:
-        """Take mean and deviation of error and variance over the held-out normal pixels, while training."""
-        super().on_validation_epoch_start()
-        if self.trainer.state.fn == "fit":
-            self._set_score_statistics(self.trainer.val_dataloaders)
+        """Take mean and deviation of error and variance over the held-out normal pixels, while training.
 
-    def _set_score_statistics(self, loader: Any) -> None:
+        Before the validation and not within it: the maps and scores that others see there, such as the post-processor for
+        its thresholds, are those of these statistics.
+        """
+        super().on_validation_epoch_start()
+        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
+            held_out = batches(self.trainer.val_dataloaders, self.trainer.num_val_batches)
+            if not self._set_score_statistics(held_out):
+                self._score_training_images()
+
+    def on_train_epoch_end(self) -> None:
+        """Take them over the training images where nothing is held out."""
+        super().on_train_epoch_end()
+        held_out = self.trainer.num_val_batches
+        if not self.trainer.enable_validation or (held_out and not sum(held_out)):
+            self._score_training_images()
+
+    def _score_training_images(self) -> None:
+        rank_zero_warn(
+            "no normal image is held out: mean and deviation of error and variance come from the training images, where "
+            "both are smaller than on new ones"
+        )
+        self._set_score_statistics(batches(self._training_loaders()))
+
+    def _set_score_statistics(self, found_in: Iterable[Any]) -> bool:
+        """Set them from the normal images in batches; False, and nothing set, where there is none."""
         moments = [self._moments(2) for _ in self.patch_sizes]
-        for images, rows, normal in self._batches(loader):
+        for images, rows, normal in self._images(found_in):
             found = self.model.deviations(images, self._category(rows))
             values = torch.stack([found.errors, found.variances], dim=-1)
             for row, good, of_image in zip(rows, normal, values, strict=True):
                 for moment, of_scale in zip(moments, of_image, strict=True):
                     if good:
                         moment.add(row, of_scale.flatten(0, 1))
-        for scale, moment in enumerate(moments):
-            mean, std = self._reduced(moment).result()
-            self.model.score_mean[scale], self.model.score_std[scale] = mean, std
+        reduced = [self._reduced(moment) for moment in moments]
+        if reduced[0].empty:
+            return False
+        for scale, moment in enumerate(reduced):
+            self.model.score_mean[scale], self.model.score_std[scale] = moment.result()
+        return True
 
     def _moments(self, length: int) -> Moments:
         return Moments((max(1, len(self.categories)), length), self.device)
@@ -271,12 +310,12 @@ class UninformedStudents(DistillationRecipe, AnomalibModule):
         moments.sums = self.trainer.strategy.reduce(moments.sums, reduce_op="sum")
         return moments
 
-    def _batches(self, loader: Any) -> Iterator[tuple[torch.Tensor, list[int], list[bool]]]:
+    def _images(self, found_in: Iterable[Any]) -> Iterator[tuple[torch.Tensor, list[int], list[bool]]]:
         """Yield normalised images on the module's device, the row of each in the statistics, and whether it is normal."""
         training = self.training
         self.eval()
         with torch.no_grad():
-            for batch in loader:
+            for batch in found_in:
                 images = batch.image.to(self.device)
                 if self.pre_processor is not None:
                     images = self.pre_processor(images)

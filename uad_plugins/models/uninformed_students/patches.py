@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from uad_plugins.artifacts import checked, sha256_of
 from uad_plugins.data.layouts.walking import images as images_below
 from uad_plugins.errors import UadxError
 from uad_plugins.imaging import ImageError, RgbImage, read_rgb, resize_rgb
@@ -38,13 +41,19 @@ class PatchSource:
     def __init__(self, images: Callable[[int], RgbImage | None], count: int, fingerprint: str, description: str) -> None:
         self.images, self.count, self.fingerprint, self.description = images, count, fingerprint, description
         self._pool: list[RgbImage] = []
-        self._chunk = -1
+        self._pool_of: tuple[int, int, int] | None = None
 
-    def batches(self, patch_size: int, batch_size: int, seed: int) -> Callable[[int], Batch]:
+    def batches(self, patch_size: int, batch_size: int, seed: int, twins: bool = True) -> Callable[[int], Batch]:
         """Return a function from a step to its batch: normalised float32 ``(N, 3, p, p)``, twice.
 
-        The second holds the twins: the same patches shifted by up to an eighth of their side and changed in intensity by
-        up to 10 %. Patches that follow each other are of different images.
+        The second, None where not asked for, holds the twins: the same patches shifted by up to an eighth of their side and
+        changed in intensity by up to 10 %. Patches that follow each other are of different images.
+
+        Args:
+            patch_size: Side of a patch.
+            batch_size: Patches in a batch.
+            seed: Of the choice of patches.
+            twins: Make the twins; the patches are the same either way.
         """
 
         def batch(step: int) -> Batch:
@@ -55,29 +64,34 @@ class PatchSource:
             chosen = np.concatenate([rng.permutation(len(pool)) for _ in range(rounds)])[:batch_size]
             reach = max(1, patch_size // 8)
             patches = np.empty((batch_size, patch_size, patch_size, 3), np.float32)
-            twins = np.empty_like(patches)
+            moved = np.empty_like(patches) if twins else None
             for row, index in enumerate(chosen):
                 image = pool[index]
                 y = int(rng.integers(0, image.shape[0] - patch_size + 1))
                 x = int(rng.integers(0, image.shape[1] - patch_size + 1))
+                # Drawn in any case: the next patches depend on it.
                 shift = rng.integers(-reach, reach + 1, size=2)
-                moved_y = int(np.clip(y + shift[0], 0, image.shape[0] - patch_size))
-                moved_x = int(np.clip(x + shift[1], 0, image.shape[1] - patch_size))
                 patches[row] = image[y : y + patch_size, x : x + patch_size]
-                twins[row] = image[moved_y : moved_y + patch_size, moved_x : moved_x + patch_size]
-            twins = np.clip(twins * rng.uniform(0.9, 1.1, size=(batch_size, 1, 1, 1)).astype(np.float32), 0, 255)
-            return _normalised(patches), _normalised(twins)
+                if moved is not None:
+                    moved_y = int(np.clip(y + shift[0], 0, image.shape[0] - patch_size))
+                    moved_x = int(np.clip(x + shift[1], 0, image.shape[1] - patch_size))
+                    moved[row] = image[moved_y : moved_y + patch_size, moved_x : moved_x + patch_size]
+            if moved is None:
+                return _normalised(patches), None
+            moved = np.clip(moved * rng.uniform(0.9, 1.1, size=(batch_size, 1, 1, 1)).astype(np.float32), 0, 255)
+            return _normalised(patches), _normalised(moved)
 
         return batch
 
     def _images_of(self, chunk: int, patch_size: int, seed: int) -> list[RgbImage]:
         chunk = chunk if self.count > POOL else 0
-        if chunk != self._chunk:
+        # One source serves several scales, and what is large enough depends on the patch.
+        if (chunk, patch_size, seed) != self._pool_of:
             rng = np.random.default_rng((seed, chunk, 1))
             chosen = rng.choice(self.count, size=min(POOL, self.count), replace=False)
             found = (self.images(int(index)) for index in np.sort(chosen))
             self._pool = [image for image in found if image is not None and min(image.shape[:2]) >= patch_size]
-            self._chunk = chunk
+            self._pool_of = (chunk, patch_size, seed)
         if not self._pool:
             raise UadxError(
                 f"{self.description}: no image of at least {patch_size}x{patch_size} pixels",
@@ -111,6 +125,27 @@ def from_folder(folder: Path, shorter_side: int = 256) -> PatchSource:
     return PatchSource(image, len(paths), _fingerprint(paths, names), f"{len(paths)} images in {folder}")
 
 
+def from_dataset(data: Any, size: tuple[int, int]) -> PatchSource:
+    """Use the images of a training data set, uadx's or anomalib's, at the network's input size.
+
+    Raises:
+        UadxError: It is another one.
+    """
+    table = getattr(data, "table", None)
+    if table is not None:
+        paths = [table.paths[int(i)] for i in data.indices]
+        names = [table.relative(int(i)) for i in data.indices]
+    elif hasattr(data, "samples"):
+        paths = [str(path) for path in data.samples.image_path]
+        names = [Path(path).name for path in paths]
+    else:
+        raise UadxError(
+            "the files of the training images are not known: their data set is neither of uadx nor of anomalib",
+            "give the teacher natural images: teacher.images=FOLDER, or drawn ones: teacher.images=procedural",
+        )
+    return from_samples(paths, names, size)
+
+
 def from_samples(paths: Sequence[str], names: Sequence[str], size: tuple[int, int]) -> PatchSource:
     """Use training images at the network's input size.
 
@@ -128,11 +163,13 @@ def from_samples(paths: Sequence[str], names: Sequence[str], size: tuple[int, in
 
 
 def _fingerprint(paths: Sequence[str], names: Sequence[str]) -> str:
+    """Hash names and contents, at some hundred megabytes a second for each core: little beside a distillation."""
     digest = hashlib.sha256()
     for name in names:
         digest.update(f"{name}\n".encode())
-    for path in paths:
-        digest.update(f"{Path(path).stat().st_size}\n".encode())
+    with ThreadPoolExecutor() as pool:
+        for content in pool.map(lambda path: checked(Path(path), sha256_of), paths):
+            digest.update(f"{content}\n".encode())
     return digest.hexdigest()
 
 

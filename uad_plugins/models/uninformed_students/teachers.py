@@ -99,7 +99,8 @@ def teacher_key(recipe: TeacherRecipe, patch_size: int, width: float, target: Pr
     """Return the SHA-256 of everything that determines a teacher."""
     facts = {
         "version": VERSION,
-        "recipe": recipe.model_dump(mode="json", exclude={"images"}),
+        # The images and the layer that there are, not those that were asked for.
+        "recipe": recipe.model_dump(mode="json", exclude={"images", "layer"}),
         "patch_size": patch_size,
         "width": width,
         "layer": target.layer,
@@ -151,7 +152,7 @@ def distilled_teacher(
             patch_size,
             width,
             target.to(device or torch.device("cpu")),
-            source.batches(patch_size, recipe.batch_size, recipe.seed),
+            source.batches(patch_size, recipe.batch_size, recipe.seed, twins=recipe.metric > 0),
             steps=recipe.steps,
             lr=recipe.lr,
             weight_decay=recipe.weight_decay,

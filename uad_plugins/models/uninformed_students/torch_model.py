@@ -41,8 +41,9 @@ class UninformedStudentsModel(nn.Module):
         categories: Number of categories with statistics of their own; 0: statistics are global.
 
     Attributes:
-        feature_mean: float32 ``(S, K, 128)``, mean of the teacher's descriptors over the training pixels, where ``K`` is the
-            number of categories or 1. ``feature_std`` likewise; zero until set.
+        feature_mean: float32 ``(S, K, 128)``, mean of the teacher's descriptors over the training images (of their
+            pixels, the output stride's), where ``K`` is the number of categories or 1. ``feature_std`` likewise; zero until
+            set.
         score_mean: float32 ``(S, K, 2)``, mean of error and variance over the pixels of held-out normal images.
             ``score_std`` likewise.
 
@@ -176,6 +177,11 @@ class Moments:
         self.sums[0, row] += len(values)
         self.sums[1, row] += values.sum(dim=0)
         self.sums[2, row] += values.square().sum(dim=0)
+
+    @property
+    def empty(self) -> bool:
+        """Whether there was no value."""
+        return not bool((self.sums[0] > 0).any())
 
     def result(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return mean and standard deviation, float32; rows without values get those of all rows together.

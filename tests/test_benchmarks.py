@@ -1,13 +1,17 @@
 """The scripts that measure quantization: they run, and a failure in one run does not stop the next."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
+@pytest.mark.slow
 def test_quantization_is_measured_and_a_broken_run_does_not_stop_the_others(trained, products, tmp_path):
     (tmp_path / "broken").mkdir()
     words = [sys.executable, str(BENCHMARKS / "quantization.py"), str(tmp_path / "broken"), str(trained)]
@@ -39,3 +43,21 @@ def test_quantization_is_measured_and_a_broken_run_does_not_stop_the_others(trai
         assert 0.9 < sum(line["executed"]["fp32 openvino"]["share_of_time"].values()) < 1.01
     kernels = lines[f"{name}/latency/1/AVX512_CORE"]["executed"]["openvino-int8 openvino"]["convolutions"]
     assert not any("vnni" in kernel or "amx" in kernel for kernel in kernels)
+
+
+def test_the_lowest_bar_of_any_column_is_seen(tmp_path, monkeypatch):
+    """The axes of a row are shared: the limits of the last column must not cut off what collapsed in the first."""
+    import matplotlib.pyplot as plt
+
+    def lines(method, *values):
+        for backend, value in zip(("torch", "openvino-int8"), values, strict=True):
+            yield {"kind": "accuracy", "method": method, "backend": backend, "metrics": {"mean": {"image_auroc": value}}}
+
+    results = tmp_path / "q.jsonl"
+    results.write_text("\n".join(map(json.dumps, [*lines("a", 0.95, 0.5), *lines("b", 0.99, 0.98)])))
+    monkeypatch.setattr(sys, "argv", ["plot", str(results), str(tmp_path / "q.png")])
+    runpy.run_path(str(BENCHMARKS / "plot_quantization.py"), run_name="__main__")
+    figure = plt.gcf()
+    assert (tmp_path / "q.png").is_file()
+    assert {axis.get_ylim() for axis in figure.axes[:2]} == {(0.45, 1.0)}
+    plt.close(figure)

@@ -73,6 +73,31 @@ def test_a_step_moves_the_student_and_its_scales_and_nothing_else(method, freeze
 
 
 @pytest.mark.parametrize("method", ["stfpm", "reverse_distillation", "uninformed_students"])
+def test_scales_of_weights_and_of_activations_move_alike_by_default(method):
+    """One rate in absolute terms leaves ranges of hundreds where they were."""
+    model, scales = trainable(method)
+    model.trainer = type("Trainer", (), {"estimated_stepping_batches": 20})()
+    optimizer = model.configure_optimizers()["optimizer"]
+    named = dict(model.core.named_parameters())
+    before = {name: named[name].detach().clone() for name in scales}
+
+    def backward():
+        optimizer.zero_grad()
+        loss = model.losses(torch.cat(noise(2, seed=9)), training=True).mean()
+        loss.backward()
+        return loss.detach()
+
+    losses = [float(optimizer.step(backward)) for _ in range(10)]
+    assert losses[-1] < losses[0]
+    moved = {name: float(((named[name] - value) / value).abs().mean()) for name, value in before.items()}
+    kinds = [[share for name, share in moved.items() if (before[name].numel() > 1) == weights] for weights in (True, False)]
+    medians = [float(torch.tensor(shares).median()) for shares in kinds]
+    assert min(medians) > 2e-3
+    assert max(medians) < 1.01 * 10 * QatOptions().scale_lr
+    assert max(medians) < 3 * min(medians)
+
+
+@pytest.mark.parametrize("method", ["stfpm", "reverse_distillation", "uninformed_students"])
 def test_the_held_out_loss_is_the_training_loss(method):
     model, _ = trainable(method)
     images = torch.cat(noise(2, seed=9))

@@ -43,6 +43,31 @@ from uad_plugins.training.train import datamodule, pixel_cache
 SCHEDULE = OptimizerConfig(name="adam", schedule="cosine")
 
 
+class RelativeAdam(optim.Adam):
+    """Adam whose groups with ``relative`` step by shares of each value, not by amounts.
+
+    Adam steps by its learning rate whatever the gradient. Ranges of weights are parts of 1, those of activations go into the
+    hundreds: one rate for both would train the first alone.
+    """
+
+    def step(self, closure: Any = None) -> Any:
+        """Take a step; see ``torch.optim.Optimizer.step``."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        values = [value for group in self.param_groups if group.get("relative") for value in group["params"]]
+        before = [value.detach().clone() for value in values]
+        with torch.no_grad():
+            for value in values:
+                # So that the step itself is known: in the difference of large values it would be lost to rounding.
+                value.zero_()
+            super().step()
+            for value, old in zip(values, before, strict=True):
+                value.copy_(old + value * old.abs())
+        return loss
+
+
 class QatModule(LightningModule):
     """Trains the weights and scales of a quantized student.
 
@@ -102,7 +127,7 @@ class QatModule(LightningModule):
         self.held_out_loss = self.losses(batch.image, training=False)
 
     def configure_optimizers(self) -> Any:
-        """Return Adam with one group for the weights and one for the scales, and a cosine over all steps."""
+        """Return Adam with a group for the weights and one for the scales, which steps by shares, and a cosine over all."""
         named = dict(self.core.named_parameters())
         groups = [
             {
@@ -110,10 +135,15 @@ class QatModule(LightningModule):
                 "lr": self.options.lr,
                 "weight_decay": self.options.weight_decay,
             },
-            # Decay would shrink the ranges of the activations.
-            {"params": [named[name] for name in sorted(self.scales)], "lr": self.options.scale_lr, "weight_decay": 0.0},
+            {
+                "params": [named[name] for name in sorted(self.scales)],
+                "lr": self.options.scale_lr,
+                # Decay would shrink the ranges of the activations.
+                "weight_decay": 0.0,
+                "relative": True,
+            },
         ]
-        optimizer = optim.Adam(groups)
+        optimizer = RelativeAdam(groups)
         steps = max(1, int(self.trainer.estimated_stepping_batches))
         schedule = optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(SCHEDULE, step / steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -60,7 +60,9 @@ class QatOptions(CalibrationOptions):
 
     epochs: PositiveInt = Field(5, description="Passes over the training images.")
     lr: PositiveFloat = Field(1e-4, description="Learning rate of the student's weights (Adam) at its highest.")
-    scale_lr: PositiveFloat = Field(1e-4, description="Learning rate of the quantizers' scales.")
+    scale_lr: PositiveFloat = Field(
+        1e-3, description="Learning rate of the quantizers' scales, as a share of each scale a step."
+    )
     weight_decay: float = Field(0.0, ge=0, description="Of the weights; scales have none.")
     scope: Literal["all", "student"] = Field(
         "all", description="What is quantized: the whole network, or the student alone."

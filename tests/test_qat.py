@@ -12,12 +12,12 @@ import torch
 from networks import core, module, noise, quantized, students
 
 from uad_plugins.errors import UadxError, UsageError
-from uad_plugins.quantization.core import Preprocessing
+from uad_plugins.quantization.core import Preprocessing, recalibrate
 from uad_plugins.quantization.nncf_qat import QatModule
 from uad_plugins.quantization.options import QatOptions
 from uad_plugins.quantization.quantize import Order, quantize
 from uad_plugins.quantization.scope import TorchGraph
-from uad_plugins.quantization.torch_quantization import student_scales
+from uad_plugins.quantization.torch_quantization import hooks, student_scales
 from uad_plugins.quantized import Quantized
 from uad_plugins.training.checkpointing import AtomicCheckpointIO
 
@@ -217,3 +217,35 @@ def test_sigkill_at_any_moment(run, tmp_path):
     done = subprocess.run([*command, "--resume"], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert Quantized.open(out).manifest().details["samples_seen"] == 40 * 27
+
+
+@pytest.mark.parametrize("profile", ["openvino", "tensorrt"])
+def test_statistics_of_scores_are_those_of_the_quantized_network(profile):
+    """Uninformed Students measures error and variance against their distribution, which quantizers shift."""
+    from copy import deepcopy
+
+    model = deepcopy(quantized("uninformed_students", profile))
+    network = model.network
+    network.score_mean += 3 * network.score_std
+    seen, images = [], noise(3, seed=9)
+    hook = next(iter(hooks(model)))[1]
+    handle = hook.register_forward_hook(lambda *_: seen.append(1))
+    recalibrate(module("uninformed_students"), model, images)
+    handle.remove()
+    assert len(seen) >= len(images)
+    with torch.no_grad():
+        maps = torch.cat([model(image)[1] for image in images])
+    # A mean of z-scores, over the pixels that they were taken from.
+    assert float(maps.mean()) == pytest.approx(0.0, abs=0.05)
+    expected = module("uninformed_students").model
+    assert not torch.equal(network.score_mean, expected.score_mean)
+    assert torch.allclose(network.feature_mean, expected.feature_mean)
+
+
+def test_methods_without_statistics_have_nothing_to_measure_anew():
+    from copy import deepcopy
+
+    model = deepcopy(quantized("stfpm", "openvino"))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    recalibrate(module("stfpm"), model, noise(1))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

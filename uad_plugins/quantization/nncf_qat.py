@@ -17,7 +17,7 @@ from uad_plugins.data.datamodule import UnifiedDataModule
 from uad_plugins.errors import UadxError
 from uad_plugins.hookspecs import QuantizationRequest, QuantizationResult
 from uad_plugins.models.recipe import learning_rate_factor
-from uad_plugins.quantization.core import Preprocessing, build_core, student_parameters
+from uad_plugins.quantization.core import Preprocessing, build_core, recalibrate, student_parameters
 from uad_plugins.quantization.export import save_onnx, save_openvino, to_onnx, to_openvino
 from uad_plugins.quantization.onnx_graph import with_int8_weights
 from uad_plugins.quantization.openvino_int8 import chosen_fix
@@ -180,6 +180,7 @@ def quantize(request: QuantizationRequest) -> QuantizationResult:
     preprocessing = Preprocessing(request.calibration.mean, request.calibration.std)
     trained = _train(request, QatModule(core, student, scales, preprocessing, options))
     core = trained.pop("core")
+    recalibrate(request.module, core, map(torch.from_numpy, request.calibration.held_out(request.table)))
     save_quantized(core, request.folder / "quantized.ckpt", profile=options.profile)
     files = _export(request, core, options)
     details = {**trained, "overflow_fix": fix, "student_tensors": len(student), "student_scales": len(scales)}

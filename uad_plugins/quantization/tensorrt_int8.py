@@ -9,6 +9,7 @@ from torch import nn
 
 from uad_plugins.errors import UadxError, UsageError
 from uad_plugins.hookspecs import QuantizationRequest, QuantizationResult
+from uad_plugins.quantization.core import recalibrate
 from uad_plugins.quantization.export import save_onnx, to_onnx
 from uad_plugins.quantization.onnx_graph import with_int8_weights
 from uad_plugins.quantization.options import TensorrtOptions
@@ -27,6 +28,7 @@ def quantize(request: QuantizationRequest) -> QuantizationResult:
             fast_bias_correction=options.bias_correction == "fast",
             ranges=options.ranges,
         )
+        recalibrate(request.module, model, map(torch.from_numpy, request.calibration.held_out(request.table)))
         whole = True
     else:
         model, whole = _trained(request, options.source)

@@ -11,11 +11,13 @@ import pytest
 import torch
 from networks import core, module, noise, quantized, students
 
+from uad_plugins.artifacts import sha256_of
 from uad_plugins.errors import UadxError, UsageError
 from uad_plugins.quantization.core import Preprocessing, recalibrate
 from uad_plugins.quantization.nncf_qat import QatModule
 from uad_plugins.quantization.options import QatOptions
 from uad_plugins.quantization.quantize import Order, quantize
+from uad_plugins.quantization.referee import AGAINST_FP32, TRAINED, Agreement
 from uad_plugins.quantization.scope import TorchGraph
 from uad_plugins.quantization.torch_quantization import hooks, student_scales
 from uad_plugins.quantized import Quantized
@@ -126,8 +128,7 @@ def test_the_best_epoch_is_kept_and_better_than_calibration(unbroken):
     assert facts["samples_seen"] == 3 * 27
     assert facts["held_out_loss"] < facts["held_out_loss_calibrated"]
     assert facts["best_epoch"] in (1, 2, 3)
-    assert set(manifest.files) == {"model.onnx", "model.xml", "model.bin"}
-    assert (out / "quantized.ckpt").is_file()
+    assert set(manifest.files) == {"model.onnx", "model.xml", "model.bin", "quantized.ckpt"}
     assert not (out / "work").exists()
     assert not any(cases for rules in manifest.audit.values() for cases in rules.values())
     assert len(manifest.agreement) == 5
@@ -166,23 +167,50 @@ def test_killed_while_a_checkpoint_is_written(run, unbroken, tmp_path, monkeypat
     assert manifest.details["best_epoch"] == expected.details["best_epoch"]
 
 
-def test_a_result_for_tensorrt_is_exported_by_its_backend(run, tmp_path):
+def test_a_result_for_tensorrt_is_exported_by_its_backend(run, tmp_path, monkeypatch):
     options = {**FAST, "epochs": 1, "profile": "tensorrt"}
     trained = quantize(Order(run, tmp_path / "qat", "nncf-qat", samples=6, options=options))
     assert trained.profile == "tensorrt"
+    assert trained.details["overflow_fix"] == "disable"
     chosen = {"source": str(tmp_path / "qat"), "weights": "int8"}
-    manifest = quantize(Order(run, tmp_path / "trt", "tensorrt-int8", samples=6, options=chosen))
+    limits = []
+    with monkeypatch.context() as patched:
+        patched.setattr(Agreement, "wrong", lambda self, given: limits.append(given) or [])
+        manifest = quantize(Order(run, tmp_path / "trt", "tensorrt-int8", samples=8, options=chosen))
+    assert TRAINED in limits
+    assert AGAINST_FP32["int8"] not in limits
     assert manifest.profile == "tensorrt"
+    # Of the training, not of this call.
+    assert manifest.calibration == trained.calibration
+    assert manifest.calibration["samples"] == 6
+    assert manifest.details["source_sha256"] == sha256_of(tmp_path / "qat" / "quantized.ckpt")
+    assert manifest.details["source_details"] == trained.details
     assert manifest.agreement["onnxruntime model.onnx"]["map_l2"] == pytest.approx(
         trained.agreement["onnxruntime model.onnx"]["map_l2"], rel=1e-3
     )
     with pytest.raises(UsageError, match="with profile tensorrt"):
         quantize(Order(run, tmp_path / "x", "tensorrt-int8", options={"source": str(tmp_path / "trt")}))
+    with (tmp_path / "qat" / "quantized.ckpt").open("r+b") as file:
+        file.write(b"0000")
+    with pytest.raises(UadxError, match="is not the file that was written"):
+        quantize(Order(run, tmp_path / "y", "tensorrt-int8", options=chosen))
+
+
+def test_calibration_that_no_epoch_improved_on_is_judged_as_such(run, tmp_path, monkeypatch):
+    """A rate at which training only does damage."""
+    limits = []
+    monkeypatch.setattr(Agreement, "wrong", lambda self, given: limits.append(given) or [])
+    options = {**FAST, "epochs": 1, "lr": 10.0}
+    manifest = quantize(Order(run, tmp_path / "q", "nncf-qat", samples=6, options=options))
+    assert manifest.details["best_epoch"] == 0
+    assert AGAINST_FP32["int8"] in limits
+    assert TRAINED not in limits
 
 
 def test_scope_student_is_trained_and_exported(run, tmp_path):
     options = {**FAST, "epochs": 1, "scope": "student"}
     manifest = quantize(Order(run, tmp_path / "q", "nncf-qat", samples=6, options=options))
+    assert not manifest.whole
     # The teacher's weights stay float: half of the network.
     assert 0.5 < manifest.size["onnx"]["ratio"] < 0.75
 

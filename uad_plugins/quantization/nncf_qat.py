@@ -25,7 +25,9 @@ from uad_plugins.quantization.options import QatOptions
 from uad_plugins.quantization.quiet import quiet_quantizers
 from uad_plugins.quantization.scope import TorchGraph
 from uad_plugins.quantization.torch_quantization import (
+    CHECKPOINT,
     OPENVINO,
+    TENSORRT,
     configuration,
     load_quantized,
     quantize_core,
@@ -33,6 +35,7 @@ from uad_plugins.quantization.torch_quantization import (
     save_quantized,
     strip,
     student_scales,
+    was_trained,
 )
 from uad_plugins.training.callbacks import FiniteLoss, HeldOutLoss, SampleCount, TrainingProgress
 from uad_plugins.training.checkpointing import MONITOR, AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
@@ -161,7 +164,7 @@ def quantize(request: QuantizationRequest) -> QuantizationResult:
     student = student_parameters(request.module)
     example = torch.zeros(1, 3, *request.image_size)
     graph = TorchGraph.of(request.core, example)
-    fix = chosen_fix(options.overflow_fix)
+    fix = "disable" if options.profile == TENSORRT else chosen_fix(options.overflow_fix)
     start = work / "start.ckpt"
     if request.resume and start.is_file():
         core = load_quantized(request.core, start)
@@ -181,11 +184,11 @@ def quantize(request: QuantizationRequest) -> QuantizationResult:
     trained = _train(request, QatModule(core, student, scales, preprocessing, options))
     core = trained.pop("core")
     recalibrate(request.module, core, map(torch.from_numpy, request.calibration.held_out(request.table)))
-    save_quantized(core, request.folder / "quantized.ckpt", profile=options.profile)
-    files = _export(request, core, options)
+    save_quantized(core, request.folder / CHECKPOINT, profile=options.profile)
+    files = [*_export(request, core, options), CHECKPOINT]
     details = {**trained, "overflow_fix": fix, "student_tensors": len(student), "student_scales": len(scales)}
     whole = options.scope == "all"
-    return QuantizationResult(files, "int8", options.profile, whole=whole, trained=True, details=details)
+    return QuantizationResult(files, "int8", options.profile, whole=whole, trained=was_trained(details), details=details)
 
 
 def _train(request: QuantizationRequest, module: QatModule) -> dict[str, Any]:

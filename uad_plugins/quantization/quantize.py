@@ -213,7 +213,9 @@ def _judge(
         update={
             "precision": result.precision,
             "profile": result.profile,
+            "whole": result.whole,
             "details": result.details,
+            "calibration": manifest.calibration if result.calibration is None else result.calibration,
             "files": {
                 name: {"sha256": sha256_of(folder / name), "bytes": (folder / name).stat().st_size} for name in result.files
             },

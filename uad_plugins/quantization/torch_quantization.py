@@ -11,7 +11,7 @@ Two profiles, because OpenVINO and TensorRT want different graphs:
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ from uad_plugins.quantization.ranges import advanced_parameters
 from uad_plugins.quantization.scope import TorchGraph
 
 OPENVINO, TENSORRT = "openvino", "tensorrt"
+CHECKPOINT = "quantized.ckpt"
+"""Weights and quantizers of a trained result."""
 
 
 def hooks(model: nn.Module) -> list[tuple[str, SymmetricQuantizer]]:
@@ -206,6 +208,11 @@ def restore(core: nn.Module, configured: str, state: dict[str, Any] | None = Non
     if state is not None:
         restored.load_state_dict(state)
     return restored.eval()
+
+
+def was_trained(details: Mapping[str, Any]) -> bool:
+    """Tell from the details of a result of ``nncf-qat`` whether an epoch improved on the calibration it began with."""
+    return bool(details["best_epoch"])
 
 
 def _key(operation: str) -> str:

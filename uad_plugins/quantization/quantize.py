@@ -10,8 +10,7 @@ from typing import Any
 
 from uad_plugins.artifacts import Run, checked, sha256_of, write_json
 from uad_plugins.config import model_plugin, validated
-from uad_plugins.data.layouts import scan
-from uad_plugins.data.samples import ANOMALOUS, SampleTable, hold_out
+from uad_plugins.data.samples import ANOMALOUS, SampleTable
 from uad_plugins.detector import Detector
 from uad_plugins.errors import UadxError, UsageError
 from uad_plugins.evaluation.evaluate import evaluate
@@ -24,6 +23,7 @@ from uad_plugins.quantization.core import build_core, preprocessing_of
 from uad_plugins.quantization.export import save_onnx, save_openvino, to_onnx, to_openvino
 from uad_plugins.quantization.quiet import quiet_quantizers
 from uad_plugins.quantization.referee import AGAINST_FP32, ENGINES, TRAINED, compare, held_out
+from uad_plugins.quantization.samples import samples_of
 from uad_plugins.quantized import MANIFEST, Quantized, QuantizedManifest
 from uad_plugins.registry import installed, registry, require_installed
 from uad_plugins.training.quiet import quiet_libraries
@@ -93,7 +93,7 @@ def quantize(order: Order, tell: Callable[[str], None] = lambda _: None) -> Quan
     station = Quantized(order.out.expanduser().absolute())
     with locked(station.folder), quiet_libraries():
         _check_folder(station, order)
-        table = _table(run, order.data)
+        table = samples_of(run, order.data, tell)
         with quiet_quantizers():
             reference = TorchDetector.open(run.folder, "cpu")
             facts = preprocessing_of(reference.model, reference.image_size)
@@ -139,16 +139,6 @@ def quantize(order: Order, tell: Callable[[str], None] = lambda _: None) -> Quan
             result = plugin.quantize(request)
         tell("auditing the result, and comparing it with FP32 on held-out images")
         return _judge(station, manifest, request, result, reference, judged_on, labelled=order.data is not None)
-
-
-def _table(run: Run, data: str | None) -> SampleTable:
-    """Return the samples with the splits of the training, wherever the data lies now."""
-    config = run.config()
-    root = data or str(run.manifest().data.get("root"))
-    if not Path(root).expanduser().exists():
-        raise UadxError(f"{root}: the run's data is not there", "say where it is now: --data DATA")
-    table = scan(root, config.data.layout if data is None else None, config.data.categories)
-    return hold_out(table, config.data.val_fraction, config.seed)
 
 
 def _source(run: Run, data: str | None) -> dict[str, Any]:

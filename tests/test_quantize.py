@@ -234,6 +234,39 @@ def test_a_collapsed_result_is_rejected(small, tmp_path):
         quantize(Order(small, tmp_path / "q", "flat", samples=3))
 
 
+@pytest.mark.parametrize(
+    ("backend", "options", "tries"),
+    [
+        (
+            "openvino-int8",
+            {},
+            "--calibration dataset, --set bias_correction=full, --set overflow_fix=enable, --max-drop 0.005, "
+            "--backend nncf-qat",
+        ),
+        ("openvino-int8", {"bias_correction": "full", "max_drop": 0.1, "overflow_fix": "enable"}, "--backend nncf-qat"),
+        ("tensorrt-int8", {}, "--calibration dataset, --backend nncf-qat --set profile=tensorrt"),
+        ("nncf-qat", {"epochs": 1, "accelerator": "cpu"}, "--calibration dataset, nncf-qat with a lower --set lr"),
+        ("fp16", {}, "--backend fp32"),
+    ],
+)
+def test_the_advice_can_be_taken(backend, options, tries, small, tmp_path, monkeypatch):
+    """What is advised exists for the backend."""
+    monkeypatch.setattr("uad_plugins.quantization.quantize.auditing.wrong", lambda _: ["no good"])
+    source = "dataset" if options.get("max_drop") else "random-normal"
+    with pytest.raises(UadxError) as error:
+        quantize(Order(small, tmp_path / "q", backend, calibration=source, samples=3, options=options))
+    assert error.value.message == "the result is not good: no good"
+    assert error.value.hint == f"the files are kept for looking at, marked as rejected; try {tries}"
+
+
+@pytest.mark.parametrize("backend", ["tensorrt-int8", "nncf-qat"])
+def test_full_bias_correction_is_refused_where_there_is_none(backend, small, tmp_path):
+    with pytest.raises(UsageError) as error:
+        quantize(Order(small, tmp_path / "q", backend, options={"bias_correction": "full"}))
+    assert error.value.message == "unknown configuration key 'bias_correction'"
+    assert not (tmp_path / "q").exists()
+
+
 def test_folders_are_not_overwritten_by_mistake(int8, small, tmp_path):
     out, _ = int8
     with pytest.raises(UadxError, match="holds a finished quantized model"):

@@ -175,7 +175,6 @@ def quantize(request: QuantizationRequest) -> QuantizationResult:
             profile=options.profile,
             student=student if options.scope == "student" else None,
             overflow_fix=fix,
-            fast_bias_correction=options.bias_correction == "fast",
             ranges=options.ranges,
         )
         save_quantized(core, start)

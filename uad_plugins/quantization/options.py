@@ -22,9 +22,6 @@ class Options(BaseModel):
 class CalibrationOptions(Options):
     """How the ranges of the quantizers are set."""
 
-    bias_correction: Literal["fast", "full"] = Field(
-        "fast", description="Correct biases in one pass over the calibration data, or in one a layer."
-    )
     ranges: Literal["whole", "mean"] = Field(
         "whole",
         description="Range of an activation: all that calibration shows, or NNCF's mean over samples, which clips the rest.",
@@ -34,6 +31,9 @@ class CalibrationOptions(Options):
 class OpenvinoOptions(CalibrationOptions):
     """Options of ``openvino-int8``."""
 
+    bias_correction: Literal["fast", "full"] = Field(
+        "fast", description="Correct biases in one pass over the calibration data, or in one a layer."
+    )
     overflow_fix: Literal["auto", "disable", "first_layer", "enable"] = Field("auto", description=OVERFLOW)
     max_drop: float | None = Field(
         None, gt=0, lt=1, description="Leave layers in float until no category loses more than this; null: quantize all."

@@ -308,16 +308,18 @@ def _auroc(reference: Detector, detector: Detector, table: SampleTable) -> dict[
 
 
 def _advice(manifest: QuantizedManifest) -> str:
-    """Say what to try."""
+    """Say what to try, of what there is for the backend and the method."""
     tries = []
-    if manifest.calibration["source"] != "dataset":
+    options, trainable = manifest.options, "qat" in model_plugin(manifest.model).supports
+    if manifest.precision == "int8" and manifest.calibration["source"] != "dataset":
         tries.append("--calibration dataset")
-    if manifest.options.get("bias_correction") == "fast":
-        tries.append("--set bias_correction=full")
     if manifest.backend == "openvino-int8":
-        tries += ["--set overflow_fix=enable", "--max-drop 0.005"]
-    if manifest.backend != "nncf-qat" and manifest.precision == "int8":
-        tries.append("--backend nncf-qat")
-    if manifest.backend == "nncf-qat":
-        tries.append("a lower --set lr")
+        tries += ["--set bias_correction=full"] if options["bias_correction"] != "full" else []
+        tries += ["--set overflow_fix=enable"] if options["overflow_fix"] != "enable" else []
+        tries += ["--max-drop 0.005"] if options["max_drop"] is None else []
+        tries += ["--backend nncf-qat"] if trainable else []
+    elif manifest.backend == "tensorrt-int8" and options["source"] is None and trainable:
+        tries.append("--backend nncf-qat --set profile=tensorrt")
+    elif manifest.backend == "nncf-qat" or manifest.details.get("source"):
+        tries.append("nncf-qat with a lower --set lr")
     return f"the files are kept for looking at, marked as rejected; try {', '.join(tries or ['--backend fp32'])}"

@@ -32,7 +32,6 @@ def quantize(request: QuantizationRequest) -> QuantizationResult:
             request.core,
             [torch.from_numpy(image) for image in request.calibration],
             profile=TENSORRT,
-            fast_bias_correction=options.bias_correction == "fast",
             ranges=options.ranges,
         )
         recalibrate(request.module, model, map(torch.from_numpy, request.calibration.held_out(request.table)))

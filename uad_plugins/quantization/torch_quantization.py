@@ -52,7 +52,6 @@ def quantize_core(
     profile: str,
     student: set[str] | None = None,
     overflow_fix: str = "first_layer",
-    fast_bias_correction: bool = True,
     ranges: str = "whole",
 ) -> nn.Module:
     """Return a copy of a network with fake quantizers, their ranges set by the calibration data.
@@ -64,7 +63,6 @@ def quantize_core(
         student: Names of the parameters whose convolutions are quantized; None: all.
         overflow_fix: ``disable``, ``first_layer`` or ``enable``: weights of half the range, for CPUs without VNNI.
             ``tensorrt`` needs none.
-        fast_bias_correction: Correct biases layer by layer in one pass instead of one pass a layer.
         ranges: ``whole`` or ``mean``; see ``advanced_parameters``.
     """
     with quiet_quantizers():
@@ -75,7 +73,6 @@ def quantize_core(
             nncf.Dataset(list(calibration)),
             subset_size=len(calibration),
             ignored_scope=nncf.IgnoredScope(names=sorted({*graph.ignored(student), *additions})),
-            fast_bias_correction=fast_bias_correction,
             advanced_parameters=advanced_parameters(ranges, "disable" if profile == TENSORRT else overflow_fix),
         )
         share_equal_inputs(quantized, graph)

@@ -14,6 +14,7 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 ORDER = ["torch", "fp32", "fp16", "openvino-int8", "tensorrt-int8", "nncf-qat"]
+ROOM = 0.05
 COLOURS = {"dataset": "#2f6fdd", "random-normal": "#e08a1e", "mixed": "#5aa469"}
 GREY = "#8a96a3"
 
@@ -23,15 +24,20 @@ def main():
     parser.add_argument("results", type=Path)
     parser.add_argument("picture", type=Path)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--isa", default="all", help="latency measured with this as OpenVINO's newest instructions")
     options = parser.parse_args()
     lines = [json.loads(line) for line in options.results.read_text().splitlines() if line.strip()]
     methods = sorted({line["method"] for line in lines})
     figure, axes = plt.subplots(2, len(methods), figsize=(max(7, 5 * len(methods)), 7), squeeze=False, sharey="row")
+    lowest = []
     for column, method in enumerate(methods):
         mine = [line for line in lines if line["method"] == method]
-        accuracy(axes[0][column], [line for line in mine if line["kind"] == "accuracy"])
-        latency(axes[1][column], [x for x in mine if x["kind"] == "latency" and x["threads"] == options.threads])
+        lowest += accuracy(axes[0][column], [line for line in mine if line["kind"] == "accuracy"])
+        latency(axes[1][column], [x for x in mine if x["kind"] == "latency" and chosen(x, options)])
         axes[0][column].set_title(method.replace("_", " "))
+    if lowest:
+        # The axes of a row are one: the lowest bar of all columns has to be seen.
+        axes[0][0].set_ylim(max(0.0, min(lowest) - ROOM), 1.0)
     axes[0][0].set_ylabel("mean image AUROC")
     axes[1][0].set_ylabel(f"median latency, ms ({options.threads} thread{'s' if options.threads > 1 else ''})")
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in COLOURS.values()]
@@ -41,22 +47,25 @@ def main():
     figure.savefig(options.picture, dpi=130)
 
 
+def chosen(line, options):
+    return line["threads"] == options.threads and line.get("isa", "all") == options.isa
+
+
 def accuracy(axis, lines):
-    """Draw one bar a backend and calibration; a dashed line at FP32."""
+    """Draw one bar a backend and calibration, a dashed line at FP32, and return the values."""
     bars = defaultdict(list)
     for line in lines:
         bars[line["backend"], line.get("calibration", "")].append(line["metrics"]["mean"]["image_auroc"])
     keys = sorted(bars, key=lambda key: (ORDER.index(key[0]) if key[0] in ORDER else len(ORDER), key[1]))
     values = [sum(bars[key]) / len(bars[key]) for key in keys]
-    calibrated = [key[1] if key[0].endswith("int8") or key[0] == "nncf-qat" else "" for key in keys]
+    calibrated = [key[1] if key[0] not in {"torch", "fp32", "fp16"} else "" for key in keys]
     axis.bar(range(len(keys)), values, color=[COLOURS.get(name, GREY) for name in calibrated])
     axis.set_xticks(range(len(keys)), [key[0] for key in keys], rotation=45, ha="right", fontsize=8)
     reference = bars.get(("torch", ""), values[:1])
     if reference:
         axis.axhline(sum(reference) / len(reference), color="#1d2733", linestyle="--", linewidth=1)
-    if values:
-        axis.set_ylim(max(0.0, min(values) - 0.05), 1.0)
     style(axis)
+    return values
 
 
 def latency(axis, lines):

@@ -3,17 +3,27 @@
     python benchmarks/quantization.py RUN... --data DATA --out results/quantization.jsonl
 
 A line is an ``accuracy`` of one run, backend and calibration, or a ``latency`` of one run: all its results measured in the
-same process in turn (one image each, over and over), so that what else the machine does hits all of them alike.
+same process in turn (one image each, over and over), so that what else the machine does hits all of them alike. A latency
+says too what OpenVINO executed: the precision of the convolutions, and the share of time by type of layer.
+
+``--isa AVX512_CORE`` measures the latency once more in a process whose OpenVINO takes newer instructions (VNNI, AMX) for
+absent; ONNX Runtime does not ask. ``--extra`` adds rows of quantization-aware training (see ``EXTRA``).
 """
 
 import argparse
 import json
+import os
 import statistics
+import subprocess
 import sys
 import time
+import traceback
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+import openvino
 
 from uad_plugins.artifacts import read_json
 from uad_plugins.cpu import cpu_flags
@@ -25,10 +35,43 @@ from uad_plugins.evaluation.evaluate import evaluate
 from uad_plugins.evaluation.thresholds import NO_THRESHOLDS
 from uad_plugins.quantization.quantize import Order, quantize
 from uad_plugins.quantized import Quantized
-from uad_plugins.runtime.exported import normalise
+from uad_plugins.runtime.graph import prepare, read
 
 BACKENDS = ["fp32", "fp16", "openvino-int8", "tensorrt-int8", "nncf-qat"]
 METRICS = ("image_auroc", "pixel_auroc", "aupro")
+ISA = "ONEDNN_MAX_CPU_ISA"
+WARM_UP = 5
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is measured of a run.
+
+    Attributes:
+        name: Of the row.
+        backend: What quantizes it.
+        calibration: Its source.
+        options: Of the backend.
+        source: Name of the row whose result is exported; empty for the run itself.
+    """
+
+    name: str
+    backend: str
+    calibration: str
+    options: dict = field(default_factory=dict)
+    source: str = ""
+
+    @property
+    def folder(self):
+        return f"{self.name}-{self.calibration}"
+
+
+EXTRA = [
+    Row("qat-student", "nncf-qat", "dataset", {"scope": "student"}),
+    Row("qat-tensorrt", "nncf-qat", "dataset", {"profile": "tensorrt"}),
+    Row("qat-tensorrt-exported", "tensorrt-int8", "dataset", source="qat-tensorrt"),
+    Row("qat-random-normal", "nncf-qat", "random-normal"),
+]
 
 
 def main():
@@ -38,22 +81,56 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("results/quantization.jsonl"))
     parser.add_argument("--work", type=Path, default=Path("results/quantized"), help="folder for the quantized models")
     parser.add_argument("--backends", nargs="+", default=BACKENDS)
+    parser.add_argument("--extra", nargs="*", default=[], choices=[row.name for row in EXTRA], help="further rows")
     parser.add_argument("--calibrations", nargs="+", default=["dataset", "random-normal", "mixed"])
     parser.add_argument("--samples", type=int, default=300)
     parser.add_argument("--epochs", type=int, default=5, help="of nncf-qat")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="CPU threads to measure latency with")
     parser.add_argument("--rounds", type=int, default=50, help="images for the latency")
+    parser.add_argument("--isa", nargs="*", default=[], help="measure latency again with these as OpenVINO's newest")
+    parser.add_argument("--latency-only", action="store_true", help="quantize nothing, measure what is there")
     options = parser.parse_args()
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    table = scan(options.data)
-    for run in options.runs:
-        measure_float(options, run, table)
-        for backend in options.backends:
-            # Noise calibrates nothing where nothing is calibrated; training starts from the images it trains on.
-            for source in options.calibrations if backend.endswith("int8") else options.calibrations[:1]:
-                measure(options, run, backend, source, table)
-        for threads in options.threads:
-            measure_latency(options, run, threads)
+    table = None if options.latency_only else scan(options.data)
+    failed = [run for run in options.runs if [attempt(step) for step in steps(options, run, table)].count(False)]
+    for isa in options.isa:
+        # The variable is read once, when OpenVINO is loaded. The last of an option given twice counts.
+        words = [sys.executable, __file__, *sys.argv[1:], "--latency-only", "--isa"]
+        if subprocess.run(words, env={**os.environ, ISA: isa}, check=False).returncode:
+            failed.append(isa)
+    if failed:
+        sys.exit(f"failed: {', '.join(str(name) for name in failed)}")
+
+
+def steps(options, run, table):
+    """Yield what is to be measured of a run, each by itself."""
+    chosen = rows(options)
+    if not options.latency_only:
+        yield lambda: measure_float(options, run, table)
+        for row in chosen:
+            yield lambda row=row: measure(options, run, row, table)
+    for threads in options.threads:
+        yield lambda threads=threads: measure_latency(options, run, chosen, threads)
+
+
+def attempt(step):
+    """Take a step and tell whether it went well: what fails must not stop what comes after it."""
+    try:
+        step()
+    except Exception:
+        traceback.print_exc()
+        return False
+    return True
+
+
+def rows(options):
+    """Return the rows asked for."""
+    found = []
+    for backend in options.backends:
+        # Noise calibrates nothing where nothing is calibrated; training starts from the images it trains on.
+        sources = options.calibrations if backend.endswith("int8") else options.calibrations[:1]
+        found += [Row(backend, backend, source) for source in sources]
+    return found + [row for row in EXTRA if row.name in options.extra]
 
 
 def known(path):
@@ -89,24 +166,27 @@ def method_of(run):
     return read_json(run / "run.json")["model"]
 
 
-def folder_of(options, run, backend, source):
-    return options.work / run.name / f"{backend}-{source}"
+def folder_of(options, run, row):
+    return options.work / run.name / row.folder
 
 
-def measure(options, run, backend, source, table):
+def measure(options, run, row, table):
     """Quantize where it has not been done, and evaluate."""
-    key = f"{run.name}/{backend}/{source}"
+    key = f"{run.name}/{row.name}/{row.calibration}"
     if key in known(options.out):
         return
-    folder = folder_of(options, run, backend, source)
-    facts = {"run": str(run), "method": method_of(run), "backend": backend, "calibration": source}
+    folder = folder_of(options, run, row)
+    facts = {"run": str(run), "method": method_of(run), "backend": row.name, "calibration": row.calibration}
     started = time.monotonic()
     try:
         if not finished(folder):
-            given = {"epochs": options.epochs} if backend == "nncf-qat" else {}
+            given = {**row.options, **({"epochs": options.epochs} if row.backend == "nncf-qat" else {})}
+            if row.source:
+                (trained,) = (other for other in EXTRA if other.name == row.source)
+                given["source"] = str(folder_of(options, run, trained))
             begun = (folder / "quantized.json").is_file() and Quantized(folder).manifest().status == "quantizing"
-            order = Order(run, folder, backend, source, options.samples, options=given, resume=begun, overwrite=not begun)
-            quantize(order)
+            order = Order(run, folder, row.backend, row.calibration, options.samples, options=given)
+            quantize(replace(order, resume=begun, overwrite=not begun))
     except UadxError as error:
         write(options.out, key, "rejected", **facts, reason=str(error))
         return
@@ -134,37 +214,41 @@ def finished(folder):
     return (folder / "quantized.json").is_file() and Quantized(folder).manifest().status == "finished"
 
 
-def measure_latency(options, run, threads):
+def measure_latency(options, run, chosen, threads):
     """Measure one image at a time, the results of a run taking turns."""
     from uad_plugins.runtime.onnxruntime_detector import OnnxRuntimeDetector
     from uad_plugins.runtime.openvino_detector import OpenVinoDetector
 
-    key = f"{run.name}/latency/{threads}"
+    isa = os.environ.get(ISA, "all")
+    key = f"{run.name}/latency/{threads}" + ("" if isa == "all" else f"/{isa}")
     if key in known(options.out):
         return
-    detectors = {}
-    for backend in options.backends:
-        folder = folder_of(options, run, backend, options.calibrations[0])
-        if not finished(folder):
+    detectors, executed = {}, {}
+    for row in chosen:
+        folder = folder_of(options, run, row)
+        # Of what differs in the calibration alone one is enough.
+        if f"{row.name} openvino" in detectors or f"{row.name} onnxruntime" in detectors or not finished(folder):
             continue
         manifest = Quantized.open(folder).manifest()
-        arguments = (manifest, NO_THRESHOLDS, backend, threads)
+        arguments = (manifest, NO_THRESHOLDS, row.name, threads)
         if "model.xml" in manifest.files:
-            detectors[f"{backend} openvino"] = OpenVinoDetector(folder / "model.xml", *arguments)
+            detectors[f"{row.name} openvino"] = OpenVinoDetector(folder / "model.xml", *arguments)
         if "model.onnx" in manifest.files:
-            detectors[f"{backend} onnxruntime"] = OnnxRuntimeDetector(folder / "model.onnx", *arguments)
+            detectors[f"{row.name} onnxruntime"] = OnnxRuntimeDetector(folder / "model.onnx", *arguments)
     if not detectors:
         return
     size = next(iter(detectors.values())).image_size
-    pixels = np.random.default_rng(0).integers(0, 256, (1, *size, 3)).astype(np.uint8)
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3)).astype(np.uint8)
     times = {name: [] for name in detectors}
-    for turn in range(options.rounds + 5):
+    for turn in range(options.rounds + WARM_UP):
         for name, detector in detectors.items():
-            image = normalise(pixels, detector.mean, detector.std)
             started = time.perf_counter()
             detector.run(image)
-            if turn >= 5:
+            if turn >= WARM_UP:
                 times[name].append(1000 * (time.perf_counter() - started))
+    for name, detector in detectors.items():
+        if isinstance(detector, OpenVinoDetector):
+            executed[name] = counters(detector, image, threads, options.rounds)
     summary = {
         name: {
             "median_ms": round(statistics.median(values), 3),
@@ -182,12 +266,43 @@ def measure_latency(options, run, threads):
         run=str(run),
         method=method_of(run),
         threads=threads,
+        isa=isa,
         image_size=list(size),
         latency=summary,
         speed_up=ratios,
+        executed=executed,
         cpu=cpu_flags(),
         machine=machine(),
     )
+
+
+def counters(detector, image, threads, rounds):
+    """Return what OpenVINO executed: convolutions by precision and kernel, and the share of time by type of layer.
+
+    Counting costs time itself, so this is no measurement of latency: what limits a network is the largest share.
+    """
+    model = prepare(read(detector.path), detector.mean, detector.std)
+    hints = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
+    compiled = openvino.Core().compile_model(model, "CPU", {**hints, "PERF_COUNT": True})
+    request = compiled.create_infer_request()
+    spent, convolutions = defaultdict(float), defaultdict(int)
+    for turn in range(rounds + WARM_UP):
+        request.infer([image[None]])
+        if turn < WARM_UP:
+            continue
+        for layer in request.profiling_info:
+            kind = layer.node_type
+            if kind in {"Convolution", "Deconvolution"}:
+                # Ends with the precision, in small letters or not: brgconv_avx512_I8, for instance.
+                convolutions[layer.exec_type] += turn == WARM_UP
+                kind = f"{kind} {layer.exec_type.rpartition('_')[2].lower()}"
+            spent[kind] += layer.real_time.total_seconds()
+    total = sum(spent.values()) or 1.0
+    shares = {kind: round(seconds / total, 4) for kind, seconds in sorted(spent.items(), key=lambda item: -item[1])}
+    return {
+        "convolutions": dict(sorted(convolutions.items())),
+        "share_of_time": {kind: share for kind, share in shares.items() if share >= 0.001},
+    }
 
 
 if __name__ == "__main__":

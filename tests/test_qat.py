@@ -11,13 +11,15 @@ import pytest
 import torch
 from networks import core, module, noise, quantized, students
 
+from uad_plugins.artifacts import sha256_of
 from uad_plugins.errors import UadxError, UsageError
-from uad_plugins.quantization.core import Preprocessing
+from uad_plugins.quantization.core import Preprocessing, recalibrate
 from uad_plugins.quantization.nncf_qat import QatModule
 from uad_plugins.quantization.options import QatOptions
 from uad_plugins.quantization.quantize import Order, quantize
+from uad_plugins.quantization.referee import AGAINST_FP32, TRAINED, Agreement
 from uad_plugins.quantization.scope import TorchGraph
-from uad_plugins.quantization.torch_quantization import student_scales
+from uad_plugins.quantization.torch_quantization import hooks, student_scales
 from uad_plugins.quantized import Quantized
 from uad_plugins.training.checkpointing import AtomicCheckpointIO
 
@@ -73,6 +75,31 @@ def test_a_step_moves_the_student_and_its_scales_and_nothing_else(method, freeze
 
 
 @pytest.mark.parametrize("method", ["stfpm", "reverse_distillation", "uninformed_students"])
+def test_scales_of_weights_and_of_activations_move_alike_by_default(method):
+    """One rate in absolute terms leaves ranges of hundreds where they were."""
+    model, scales = trainable(method)
+    model.trainer = type("Trainer", (), {"estimated_stepping_batches": 20})()
+    optimizer = model.configure_optimizers()["optimizer"]
+    named = dict(model.core.named_parameters())
+    before = {name: named[name].detach().clone() for name in scales}
+
+    def backward():
+        optimizer.zero_grad()
+        loss = model.losses(torch.cat(noise(2, seed=9)), training=True).mean()
+        loss.backward()
+        return loss.detach()
+
+    losses = [float(optimizer.step(backward)) for _ in range(10)]
+    assert losses[-1] < losses[0]
+    moved = {name: float(((named[name] - value) / value).abs().mean()) for name, value in before.items()}
+    kinds = [[share for name, share in moved.items() if (before[name].numel() > 1) == weights] for weights in (True, False)]
+    medians = [float(torch.tensor(shares).median()) for shares in kinds]
+    assert min(medians) > 2e-3
+    assert max(medians) < 1.01 * 10 * QatOptions().scale_lr
+    assert max(medians) < 3 * min(medians)
+
+
+@pytest.mark.parametrize("method", ["stfpm", "reverse_distillation", "uninformed_students"])
 def test_the_held_out_loss_is_the_training_loss(method):
     model, _ = trainable(method)
     images = torch.cat(noise(2, seed=9))
@@ -101,8 +128,7 @@ def test_the_best_epoch_is_kept_and_better_than_calibration(unbroken):
     assert facts["samples_seen"] == 3 * 27
     assert facts["held_out_loss"] < facts["held_out_loss_calibrated"]
     assert facts["best_epoch"] in (1, 2, 3)
-    assert set(manifest.files) == {"model.onnx", "model.xml", "model.bin"}
-    assert (out / "quantized.ckpt").is_file()
+    assert set(manifest.files) == {"model.onnx", "model.xml", "model.bin", "quantized.ckpt"}
     assert not (out / "work").exists()
     assert not any(cases for rules in manifest.audit.values() for cases in rules.values())
     assert len(manifest.agreement) == 5
@@ -141,23 +167,50 @@ def test_killed_while_a_checkpoint_is_written(run, unbroken, tmp_path, monkeypat
     assert manifest.details["best_epoch"] == expected.details["best_epoch"]
 
 
-def test_a_result_for_tensorrt_is_exported_by_its_backend(run, tmp_path):
+def test_a_result_for_tensorrt_is_exported_by_its_backend(run, tmp_path, monkeypatch):
     options = {**FAST, "epochs": 1, "profile": "tensorrt"}
     trained = quantize(Order(run, tmp_path / "qat", "nncf-qat", samples=6, options=options))
     assert trained.profile == "tensorrt"
+    assert trained.details["overflow_fix"] == "disable"
     chosen = {"source": str(tmp_path / "qat"), "weights": "int8"}
-    manifest = quantize(Order(run, tmp_path / "trt", "tensorrt-int8", samples=6, options=chosen))
+    limits = []
+    with monkeypatch.context() as patched:
+        patched.setattr(Agreement, "wrong", lambda self, given: limits.append(given) or [])
+        manifest = quantize(Order(run, tmp_path / "trt", "tensorrt-int8", samples=8, options=chosen))
+    assert TRAINED in limits
+    assert AGAINST_FP32["int8"] not in limits
     assert manifest.profile == "tensorrt"
+    # Of the training, not of this call.
+    assert manifest.calibration == trained.calibration
+    assert manifest.calibration["samples"] == 6
+    assert manifest.details["source_sha256"] == sha256_of(tmp_path / "qat" / "quantized.ckpt")
+    assert manifest.details["source_details"] == trained.details
     assert manifest.agreement["onnxruntime model.onnx"]["map_l2"] == pytest.approx(
         trained.agreement["onnxruntime model.onnx"]["map_l2"], rel=1e-3
     )
     with pytest.raises(UsageError, match="with profile tensorrt"):
         quantize(Order(run, tmp_path / "x", "tensorrt-int8", options={"source": str(tmp_path / "trt")}))
+    with (tmp_path / "qat" / "quantized.ckpt").open("r+b") as file:
+        file.write(b"0000")
+    with pytest.raises(UadxError, match="is not the file that was written"):
+        quantize(Order(run, tmp_path / "y", "tensorrt-int8", options=chosen))
+
+
+def test_calibration_that_no_epoch_improved_on_is_judged_as_such(run, tmp_path, monkeypatch):
+    """A rate at which training only does damage."""
+    limits = []
+    monkeypatch.setattr(Agreement, "wrong", lambda self, given: limits.append(given) or [])
+    options = {**FAST, "epochs": 1, "lr": 10.0}
+    manifest = quantize(Order(run, tmp_path / "q", "nncf-qat", samples=6, options=options))
+    assert manifest.details["best_epoch"] == 0
+    assert AGAINST_FP32["int8"] in limits
+    assert TRAINED not in limits
 
 
 def test_scope_student_is_trained_and_exported(run, tmp_path):
     options = {**FAST, "epochs": 1, "scope": "student"}
     manifest = quantize(Order(run, tmp_path / "q", "nncf-qat", samples=6, options=options))
+    assert not manifest.whole
     # The teacher's weights stay float: half of the network.
     assert 0.5 < manifest.size["onnx"]["ratio"] < 0.75
 
@@ -192,3 +245,35 @@ def test_sigkill_at_any_moment(run, tmp_path):
     done = subprocess.run([*command, "--resume"], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert Quantized.open(out).manifest().details["samples_seen"] == 40 * 27
+
+
+@pytest.mark.parametrize("profile", ["openvino", "tensorrt"])
+def test_statistics_of_scores_are_those_of_the_quantized_network(profile):
+    """Uninformed Students measures error and variance against their distribution, which quantizers shift."""
+    from copy import deepcopy
+
+    model = deepcopy(quantized("uninformed_students", profile))
+    network = model.network
+    network.score_mean += 3 * network.score_std
+    seen, images = [], noise(3, seed=9)
+    hook = next(iter(hooks(model)))[1]
+    handle = hook.register_forward_hook(lambda *_: seen.append(1))
+    recalibrate(module("uninformed_students"), model, images)
+    handle.remove()
+    assert len(seen) >= len(images)
+    with torch.no_grad():
+        maps = torch.cat([model(image)[1] for image in images])
+    # A mean of z-scores, over the pixels that they were taken from.
+    assert float(maps.mean()) == pytest.approx(0.0, abs=0.05)
+    expected = module("uninformed_students").model
+    assert not torch.equal(network.score_mean, expected.score_mean)
+    assert torch.allclose(network.feature_mean, expected.feature_mean)
+
+
+def test_methods_without_statistics_have_nothing_to_measure_anew():
+    from copy import deepcopy
+
+    model = deepcopy(quantized("stfpm", "openvino"))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    recalibrate(module("stfpm"), model, noise(1))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -29,6 +29,7 @@ from uad_plugins.quantization.openvino_int8 import chosen_fix
 from uad_plugins.quantization.options import OpenvinoOptions
 from uad_plugins.quantization.quantize import Order, quantize
 from uad_plugins.quantization.referee import Limits, compare, rank_correlation
+from uad_plugins.quantization.samples import samples_of
 from uad_plugins.quantization.torch_quantization import load_quantized, save_quantized
 from uad_plugins.quantized import Quantized
 from uad_plugins.runtime.exported import normalise
@@ -233,6 +234,39 @@ def test_a_collapsed_result_is_rejected(small, tmp_path):
         quantize(Order(small, tmp_path / "q", "flat", samples=3))
 
 
+@pytest.mark.parametrize(
+    ("backend", "options", "tries"),
+    [
+        (
+            "openvino-int8",
+            {},
+            "--calibration dataset, --set bias_correction=full, --set overflow_fix=enable, --max-drop 0.005, "
+            "--backend nncf-qat",
+        ),
+        ("openvino-int8", {"bias_correction": "full", "max_drop": 0.1, "overflow_fix": "enable"}, "--backend nncf-qat"),
+        ("tensorrt-int8", {}, "--calibration dataset, --backend nncf-qat --set profile=tensorrt"),
+        ("nncf-qat", {"epochs": 1, "accelerator": "cpu"}, "--calibration dataset, nncf-qat with a lower --set lr"),
+        ("fp16", {}, "--backend fp32"),
+    ],
+)
+def test_the_advice_can_be_taken(backend, options, tries, small, tmp_path, monkeypatch):
+    """What is advised exists for the backend."""
+    monkeypatch.setattr("uad_plugins.quantization.quantize.auditing.wrong", lambda _: ["no good"])
+    source = "dataset" if options.get("max_drop") else "random-normal"
+    with pytest.raises(UadxError) as error:
+        quantize(Order(small, tmp_path / "q", backend, calibration=source, samples=3, options=options))
+    assert error.value.message == "the result is not good: no good"
+    assert error.value.hint == f"the files are kept for looking at, marked as rejected; try {tries}"
+
+
+@pytest.mark.parametrize("backend", ["tensorrt-int8", "nncf-qat"])
+def test_full_bias_correction_is_refused_where_there_is_none(backend, small, tmp_path):
+    with pytest.raises(UsageError) as error:
+        quantize(Order(small, tmp_path / "q", backend, options={"bias_correction": "full"}))
+    assert error.value.message == "unknown configuration key 'bias_correction'"
+    assert not (tmp_path / "q").exists()
+
+
 def test_folders_are_not_overwritten_by_mistake(int8, small, tmp_path):
     out, _ = int8
     with pytest.raises(UadxError, match="holds a finished quantized model"):
@@ -290,6 +324,54 @@ def test_data_that_has_gone_says_how_to_name_it(small, tmp_path):
     with pytest.raises(UadxError, match="the run's data is not there") as error:
         quantize(Order(run, tmp_path / "q", "fp32"))
     assert "--data" in error.value.hint
+
+
+def changed_products(products, folder):
+    """The products with a fourth one, and more good parts of the first."""
+    data = shutil.copytree(products, folder)
+    shutil.copytree(data / "washer", data / "rivet")
+    for number, path in enumerate(sorted((data / "connector" / "train" / "good").iterdir())[:6]):
+        shutil.copy(path, path.with_name(f"added{number}{path.suffix}"))
+    return data
+
+
+def test_only_what_the_run_held_out_counts_as_held_out(small, products, tmp_path):
+    """A product that was added is left out; images that were added do not make trained ones held out."""
+    data, lines = changed_products(products, tmp_path / "data"), []
+    found = samples_of(Run(small), str(data), lines.append)
+    before = samples_of(Run(small), str(products), pytest.fail)
+    assert found.categories == ["connector", "fabric", "washer"]
+    held, expected = ({t.relative(int(i)) for i in t.where(split="val")} for t in (found, before))
+    assert held == expected == Run(small).held_out()
+    assert held == {t.relative(int(i)) for t in [hold_out(scan(products), 0.1, 0)] for i in t.where(split="val")}
+    assert lines == [
+        "note: the run was not trained on rivet: left out",
+        "note: the training images have changed (connector: 10 then, 16 now); held out is what was held out from training",
+    ]
+    manifest = quantize(Order(small, tmp_path / "q", "openvino-int8", samples=6, data=str(data)))
+    assert set(manifest.auroc) == {"connector", "fabric", "washer", "mean"}
+    assert set(manifest.calibration["images"]) == {"connector", "fabric", "washer"}
+
+
+def test_changed_images_of_a_run_that_does_not_say_what_it_held_out_are_refused(small, products, tmp_path):
+    run = shutil.copytree(small, tmp_path / "run")
+    (run / "split.json").unlink()
+    assert len(samples_of(Run(run), str(products), pytest.fail)) == len(scan(products))
+    data = changed_products(products, tmp_path / "data")
+    with pytest.raises(UadxError) as error:
+        samples_of(Run(run), str(data), lambda _: None)
+    assert error.value.message == (
+        f"{data}: the training images have changed since the run was trained (connector: 10 then, 16 now)"
+    )
+
+
+def test_other_images_than_the_runs_are_refused(small, products, tmp_path):
+    data = shutil.copytree(products, tmp_path / "data")
+    for path in (data / "fabric" / "train" / "good").iterdir():
+        path.rename(path.with_name(f"other{path.name}"))
+    with pytest.raises(UadxError) as error:
+        samples_of(Run(small), str(data), lambda _: None)
+    assert error.value.message == f"{data}: none of the images of fabric is there that were held out from training"
 
 
 def test_preprocessing_is_the_models_own(small, products):

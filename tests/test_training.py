@@ -31,6 +31,7 @@ def test_the_run_holds_all_that_later_verbs_need(trained):
         "thresholds.json",
         "metrics.json",
         "skipped.json",
+        "split.json",
         "logs",
     }
     assert names == expected

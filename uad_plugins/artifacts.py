@@ -134,7 +134,8 @@ class Run:
         folder: Where it lies.
 
     The folder holds ``run.json`` (manifest), ``config.yaml`` (resolved configuration), ``model.ckpt`` (the best checkpoint),
-    ``last.ckpt`` (where ``--resume`` goes on), ``thresholds.json``, ``metrics.json``, ``skipped.json`` and ``logs/``.
+    ``last.ckpt`` (where ``--resume`` goes on), ``thresholds.json``, ``metrics.json``, ``skipped.json``, ``split.json``
+    (what was held out from training) and ``logs/``.
     """
 
     folder: Path
@@ -158,6 +159,15 @@ class Run:
     def metrics_file(self) -> Path:
         """Figures of the training."""
         return self.folder / "metrics.json"
+
+    @property
+    def split_file(self) -> Path:
+        """What was held out from training."""
+        return self.folder / "split.json"
+
+    def held_out(self) -> set[str] | None:
+        """Return the images held out from training, relative to the data; None: the run is older than this note."""
+        return set(read_json(self.split_file)["val"]) if self.split_file.is_file() else None
 
     @property
     def config_file(self) -> Path:

@@ -142,13 +142,15 @@ class QuantizationResult:
     """What a backend has made.
 
     Attributes:
-        files: Model files written to the folder, by name: ``model.onnx``, or ``model.xml`` and ``model.bin``, or all. Input:
-            one normalised image ``(1, 3, H, W)``; outputs in this order: score ``(1,)``, map ``(1, H, W)``.
+        files: What was written to the folder, by name: ``model.onnx``, or ``model.xml`` and ``model.bin``, or all, and what
+            else belongs to the result. Input of a model: one normalised image ``(1, 3, H, W)``; outputs in this order:
+            score ``(1,)``, map ``(1, H, W)``.
         precision: ``int8``, ``fp16`` or ``fp32``.
         profile: Rules that the files are audited by: ``openvino``, ``tensorrt`` or ``float``.
         whole: Every convolution of the network is quantized; False for those that leave some in float on purpose.
         trained: Weights were trained on: the result is not expected to agree with FP32 to the last percent.
         details: What else is to be remembered, as plain data.
+        calibration: What it was calibrated on, as plain data; None: what the request gave.
     """
 
     files: Sequence[str]
@@ -157,6 +159,7 @@ class QuantizationResult:
     whole: bool = True
     trained: bool = False
     details: dict[str, Any] = field(default_factory=dict)
+    calibration: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ class QuantizedManifest(BaseModel):
         backend: What quantized it.
         precision: ``int8``, ``fp16`` or ``fp32``.
         profile: Rules that the graph follows: ``openvino``, ``tensorrt`` or ``float``.
+        whole: Every convolution of the network is quantized.
         options: Of the backend.
         calibration: Source, images and seed.
         source: The run, with the SHA-256 of its checkpoint, and how its data is split.
@@ -54,6 +55,7 @@ class QuantizedManifest(BaseModel):
     backend: str
     precision: str = ""
     profile: str = ""
+    whole: bool = True
     options: dict[str, Any] = Field(default_factory=dict)
     calibration: dict[str, Any] = Field(default_factory=dict)
     source: dict[str, Any] = Field(default_factory=dict)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -199,6 +199,26 @@ def hold_out(table: SampleTable, fraction: float, seed: int) -> SampleTable:
     return SampleTable(
         (
             Sample(s.path, s.category, s.label, "val" if index in held else s.split, s.mask, s.defect)
+            for index, s in enumerate(table)
+        ),
+        table.root,
+    )
+
+
+def hold_out_as_before(table: SampleTable, held: Set[str]) -> SampleTable:
+    """Split normal training images as they were split once: what was held out, and all others.
+
+    Images that were added since are no longer kept apart from those that were trained on: they count as trained on.
+
+    Args:
+        table: Samples of any splits.
+        held: Relative paths of the images that were held out.
+    """
+    return SampleTable(
+        (
+            s
+            if s.split == "test" or s.label == ANOMALOUS
+            else Sample(s.path, s.category, s.label, "val" if table.relative(index) in held else "train", s.mask, s.defect)
             for index, s in enumerate(table)
         ),
         table.root,

@@ -155,7 +155,7 @@ def _quantized(folder: Path) -> Source:
         std=manifest.std,
         precision=manifest.precision,
         profile=manifest.profile,
-        whole=manifest.profile != "float" and manifest.options.get("scope", "all") == "all",
+        whole=manifest.profile != "float" and manifest.whole,
         split=manifest.source,
         calibration=manifest.calibration if manifest.profile != "float" else {},
         metrics={**(_training(run) if known else {}), "quantization": {k: v for k, v in metrics.items() if v}},

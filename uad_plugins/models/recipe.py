@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,9 @@ from torch import nn, optim
 
 from uad_plugins.config import OptimizerConfig
 from uad_plugins.models.backbones import CHECKPOINT, WeightsRecord
+
+Observe = Callable[[Callable[[Any, torch.Tensor], tuple[torch.Tensor, ...]]], Iterator[tuple[torch.Tensor, ...]]]
+"""Calls a function with a network and batches of images, and yields what it returns."""
 
 
 class WidePostProcessor(PostProcessor):
@@ -66,6 +69,16 @@ class DistillationRecipe:
             The training loss of each image, float32 ``(B,)``, and the anomaly maps, float32 ``(B, 1, H, W)``.
         """
         raise NotImplementedError
+
+    @staticmethod
+    def recalibrate(network: nn.Module, observe: Observe) -> None:
+        """Measure anew, through a quantized network, what the method keeps about its own output. Most keep nothing.
+
+        Args:
+            network: Quantized copy of ``self.model``; changed.
+            observe: Calls a function with the network and each batch of held-out images of good parts, float32
+                ``(B, 3, H, W)``, normalised, in the way in which quantizers act. The function begins as ``distil`` does.
+        """
 
     def validation_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """Predict, and note the loss of each image in ``held_out_loss``."""

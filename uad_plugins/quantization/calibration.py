@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -51,13 +52,23 @@ class Calibration(Sequence[FloatArray]):
             raise IndexError(index)
         turn = min(len(self.paths), self.noise)
         if index < 2 * turn:
-            return self._image(index // 2) if index % 2 == 0 else self._noise(index // 2)
+            return self.image(self.paths[index // 2]) if index % 2 == 0 else self._noise(index // 2)
         rest = index - turn
-        return self._image(rest) if len(self.paths) > turn else self._noise(rest)
+        return self.image(self.paths[rest]) if len(self.paths) > turn else self._noise(rest)
 
-    def _image(self, index: int) -> FloatArray:
-        pixels = resize_rgb(read_rgb(self.paths[index]), self.image_size)
-        return normalise(pixels[None], self.mean, self.std)
+    def image(self, path: str) -> FloatArray:
+        """Return an image as the network takes it, float32 ``(1, 3, H, W)``.
+
+        Raises:
+            ImageError: It cannot be read.
+        """
+        return normalise(resize_rgb(read_rgb(path), self.image_size)[None], self.mean, self.std)
+
+    def held_out(self, table: SampleTable) -> Iterator[FloatArray]:
+        """Yield the readable held-out normal images of a table, as the network takes them."""
+        for index in table.where(split="val", label=NORMAL):
+            with suppress(ImageError):
+                yield self.image(table.paths[int(index)])
 
     def _noise(self, index: int) -> FloatArray:
         generator = np.random.default_rng([self.seed, index])

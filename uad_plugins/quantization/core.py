@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from anomalib.data.transforms.utils import extract_transforms_by_type
@@ -23,14 +25,18 @@ class Core(nn.Module):
 
     Args:
         module: Trained anomalib module. Its network is used, not copied.
+
+    Attributes:
+        observed: Called in place of everything else with the network and the images; None: nothing is.
     """
 
     def __init__(self, module: AnomalibModule) -> None:
         super().__init__()
         self.network: nn.Module = module.model
         self.distil = type(module).distil if isinstance(module, DistillationRecipe) else None
+        self.observed: Callable[[Any, torch.Tensor], tuple[torch.Tensor, ...]] | None = None
 
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Score a batch.
 
         Args:
@@ -42,6 +48,8 @@ class Core(nn.Module):
         Raises:
             UadxError: In training, of a method without ``distil``.
         """
+        if self.observed is not None:
+            return self.observed(self.network, images)
         if self.distil is not None:
             losses, anomaly_map = self.distil(self.network, images)
             anomaly_map = anomaly_map.flatten(0, 1)
@@ -125,6 +133,30 @@ def build_core(module: AnomalibModule, size: tuple[int, int]) -> Core:
             f"{type(module).__name__}: 'distil' and the network's own forward disagree", "they have to give the same map"
         )
     return core
+
+
+def recalibrate(module: AnomalibModule, core: nn.Module, images: Iterable[torch.Tensor]) -> None:
+    """Let a method measure anew what it keeps about its own output; see ``DistillationRecipe.recalibrate``.
+
+    Args:
+        module: Trained module that the core was built from.
+        core: Quantized ``Core``; changed.
+        images: Held-out images of good parts, float32 ``(1, 3, H, W)`` each, normalised.
+    """
+    if not isinstance(module, DistillationRecipe):
+        return
+    quantized: Any = core
+
+    def observe(function: Callable[[Any, torch.Tensor], tuple[torch.Tensor, ...]]) -> Iterator[tuple[torch.Tensor, ...]]:
+        quantized.observed = function
+        try:
+            for image in images:
+                yield quantized(image)
+        finally:
+            quantized.observed = None
+
+    with torch.no_grad():
+        module.recalibrate(quantized.network, observe)
 
 
 def student_parameters(module: AnomalibModule) -> set[str]:

@@ -17,7 +17,7 @@ from uad_plugins.data.datamodule import UnifiedDataModule
 from uad_plugins.errors import UadxError
 from uad_plugins.hookspecs import QuantizationRequest, QuantizationResult
 from uad_plugins.models.recipe import learning_rate_factor
-from uad_plugins.quantization.core import Preprocessing, build_core, student_parameters
+from uad_plugins.quantization.core import Preprocessing, build_core, recalibrate, student_parameters
 from uad_plugins.quantization.export import save_onnx, save_openvino, to_onnx, to_openvino
 from uad_plugins.quantization.onnx_graph import with_int8_weights
 from uad_plugins.quantization.openvino_int8 import chosen_fix
@@ -25,7 +25,9 @@ from uad_plugins.quantization.options import QatOptions
 from uad_plugins.quantization.quiet import quiet_quantizers
 from uad_plugins.quantization.scope import TorchGraph
 from uad_plugins.quantization.torch_quantization import (
+    CHECKPOINT,
     OPENVINO,
+    TENSORRT,
     configuration,
     load_quantized,
     quantize_core,
@@ -33,6 +35,7 @@ from uad_plugins.quantization.torch_quantization import (
     save_quantized,
     strip,
     student_scales,
+    was_trained,
 )
 from uad_plugins.training.callbacks import FiniteLoss, HeldOutLoss, SampleCount, TrainingProgress
 from uad_plugins.training.checkpointing import MONITOR, AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
@@ -41,6 +44,31 @@ from uad_plugins.training.signals import child_signal_restored
 from uad_plugins.training.train import datamodule, pixel_cache
 
 SCHEDULE = OptimizerConfig(name="adam", schedule="cosine")
+
+
+class RelativeAdam(optim.Adam):
+    """Adam whose groups with ``relative`` step by shares of each value, not by amounts.
+
+    Adam steps by its learning rate whatever the gradient. Ranges of weights are parts of 1, those of activations go into the
+    hundreds: one rate for both would train the first alone.
+    """
+
+    def step(self, closure: Any = None) -> Any:
+        """Take a step; see ``torch.optim.Optimizer.step``."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        values = [value for group in self.param_groups if group.get("relative") for value in group["params"]]
+        before = [value.detach().clone() for value in values]
+        with torch.no_grad():
+            for value in values:
+                # So that the step itself is known: in the difference of large values it would be lost to rounding.
+                value.zero_()
+            super().step()
+            for value, old in zip(values, before, strict=True):
+                value.copy_(old + value * old.abs())
+        return loss
 
 
 class QatModule(LightningModule):
@@ -102,7 +130,7 @@ class QatModule(LightningModule):
         self.held_out_loss = self.losses(batch.image, training=False)
 
     def configure_optimizers(self) -> Any:
-        """Return Adam with one group for the weights and one for the scales, and a cosine over all steps."""
+        """Return Adam with a group for the weights and one for the scales, which steps by shares, and a cosine over all."""
         named = dict(self.core.named_parameters())
         groups = [
             {
@@ -110,10 +138,15 @@ class QatModule(LightningModule):
                 "lr": self.options.lr,
                 "weight_decay": self.options.weight_decay,
             },
-            # Decay would shrink the ranges of the activations.
-            {"params": [named[name] for name in sorted(self.scales)], "lr": self.options.scale_lr, "weight_decay": 0.0},
+            {
+                "params": [named[name] for name in sorted(self.scales)],
+                "lr": self.options.scale_lr,
+                # Decay would shrink the ranges of the activations.
+                "weight_decay": 0.0,
+                "relative": True,
+            },
         ]
-        optimizer = optim.Adam(groups)
+        optimizer = RelativeAdam(groups)
         steps = max(1, int(self.trainer.estimated_stepping_batches))
         schedule = optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(SCHEDULE, step / steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -131,7 +164,7 @@ def quantize(request: QuantizationRequest) -> QuantizationResult:
     student = student_parameters(request.module)
     example = torch.zeros(1, 3, *request.image_size)
     graph = TorchGraph.of(request.core, example)
-    fix = chosen_fix(options.overflow_fix)
+    fix = "disable" if options.profile == TENSORRT else chosen_fix(options.overflow_fix)
     start = work / "start.ckpt"
     if request.resume and start.is_file():
         core = load_quantized(request.core, start)
@@ -142,7 +175,6 @@ def quantize(request: QuantizationRequest) -> QuantizationResult:
             profile=options.profile,
             student=student if options.scope == "student" else None,
             overflow_fix=fix,
-            fast_bias_correction=options.bias_correction == "fast",
             ranges=options.ranges,
         )
         save_quantized(core, start)
@@ -150,11 +182,12 @@ def quantize(request: QuantizationRequest) -> QuantizationResult:
     preprocessing = Preprocessing(request.calibration.mean, request.calibration.std)
     trained = _train(request, QatModule(core, student, scales, preprocessing, options))
     core = trained.pop("core")
-    save_quantized(core, request.folder / "quantized.ckpt", profile=options.profile)
-    files = _export(request, core, options)
+    recalibrate(request.module, core, map(torch.from_numpy, request.calibration.held_out(request.table)))
+    save_quantized(core, request.folder / CHECKPOINT, profile=options.profile)
+    files = [*_export(request, core, options), CHECKPOINT]
     details = {**trained, "overflow_fix": fix, "student_tensors": len(student), "student_scales": len(scales)}
     whole = options.scope == "all"
-    return QuantizationResult(files, "int8", options.profile, whole=whole, trained=True, details=details)
+    return QuantizationResult(files, "int8", options.profile, whole=whole, trained=was_trained(details), details=details)
 
 
 def _train(request: QuantizationRequest, module: QatModule) -> dict[str, Any]:

@@ -15,13 +15,12 @@ from uad_plugins.cpu import cpu_flags, saturates
 from uad_plugins.data.samples import ANOMALOUS, NORMAL, SampleTable
 from uad_plugins.evaluation.metrics import image_metrics
 from uad_plugins.hookspecs import QuantizationRequest, QuantizationResult
-from uad_plugins.imaging import read_rgb, resize_rgb
 from uad_plugins.quantization.export import save_onnx, save_openvino, to_onnx, to_openvino
 from uad_plugins.quantization.openvino_rules import OpenvinoGraph, quantized_share
 from uad_plugins.quantization.options import OpenvinoOptions
 from uad_plugins.quantization.ranges import advanced_parameters
 from uad_plugins.quantization.referee import rank_correlation
-from uad_plugins.runtime.exported import FloatArray, normalise
+from uad_plugins.runtime.exported import FloatArray
 
 WITHOUT_LABELS = 32
 """Held-out normal images whose maps are compared where there are no labels."""
@@ -108,11 +107,7 @@ class Guard:
         indices, self.labelled = _validation(table)
         self._names = [table.categories[int(table.category_index[index])] for index in indices]
         self._labels = table.labels[indices].astype(int)
-        mean, std = request.calibration.mean, request.calibration.std
-        self.images: list[FloatArray] = [
-            normalise(resize_rgb(read_rgb(table.paths[int(index)]), request.image_size)[None], mean, std)
-            for index in indices
-        ]
+        self.images: list[FloatArray] = [request.calibration.image(table.paths[int(index)]) for index in indices]
         # NNCF measures parts of the images too, and hands them on as they are.
         self._index = {id(image): index for index, image in enumerate(self.images)}
         self._expected = [self._scored(model(image)) for image in self.images]

@@ -22,9 +22,6 @@ class Options(BaseModel):
 class CalibrationOptions(Options):
     """How the ranges of the quantizers are set."""
 
-    bias_correction: Literal["fast", "full"] = Field(
-        "fast", description="Correct biases in one pass over the calibration data, or in one a layer."
-    )
     ranges: Literal["whole", "mean"] = Field(
         "whole",
         description="Range of an activation: all that calibration shows, or NNCF's mean over samples, which clips the rest.",
@@ -34,6 +31,9 @@ class CalibrationOptions(Options):
 class OpenvinoOptions(CalibrationOptions):
     """Options of ``openvino-int8``."""
 
+    bias_correction: Literal["fast", "full"] = Field(
+        "fast", description="Correct biases in one pass over the calibration data, or in one a layer."
+    )
     overflow_fix: Literal["auto", "disable", "first_layer", "enable"] = Field("auto", description=OVERFLOW)
     max_drop: float | None = Field(
         None, gt=0, lt=1, description="Leave layers in float until no category loses more than this; null: quantize all."
@@ -60,7 +60,9 @@ class QatOptions(CalibrationOptions):
 
     epochs: PositiveInt = Field(5, description="Passes over the training images.")
     lr: PositiveFloat = Field(1e-4, description="Learning rate of the student's weights (Adam) at its highest.")
-    scale_lr: PositiveFloat = Field(1e-4, description="Learning rate of the quantizers' scales.")
+    scale_lr: PositiveFloat = Field(
+        1e-3, description="Learning rate of the quantizers' scales, as a share of each scale a step."
+    )
     weight_decay: float = Field(0.0, ge=0, description="Of the weights; scales have none.")
     scope: Literal["all", "student"] = Field(
         "all", description="What is quantized: the whole network, or the student alone."

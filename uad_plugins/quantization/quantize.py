@@ -10,8 +10,7 @@ from typing import Any
 
 from uad_plugins.artifacts import Run, checked, sha256_of, write_json
 from uad_plugins.config import model_plugin, ratio_scale, validated
-from uad_plugins.data.layouts import scan
-from uad_plugins.data.samples import ANOMALOUS, SampleTable, hold_out
+from uad_plugins.data.samples import ANOMALOUS, SampleTable
 from uad_plugins.detector import Detector
 from uad_plugins.errors import UadxError, UsageError
 from uad_plugins.evaluation.evaluate import evaluate
@@ -24,6 +23,7 @@ from uad_plugins.quantization.core import build_core, preprocessing_of
 from uad_plugins.quantization.export import save_onnx, save_openvino, to_onnx, to_openvino
 from uad_plugins.quantization.quiet import quiet_quantizers
 from uad_plugins.quantization.referee import AGAINST_FP32, ENGINES, TRAINED, compare, held_out
+from uad_plugins.quantization.samples import samples_of
 from uad_plugins.quantized import MANIFEST, Quantized, QuantizedManifest
 from uad_plugins.registry import installed, registry, require_installed
 from uad_plugins.training.quiet import quiet_libraries
@@ -93,7 +93,7 @@ def quantize(order: Order, tell: Callable[[str], None] = lambda _: None) -> Quan
     station = Quantized(order.out.expanduser().absolute())
     with locked(station.folder), quiet_libraries():
         _check_folder(station, order)
-        table = _table(run, order.data)
+        table = samples_of(run, order.data, tell)
         with quiet_quantizers():
             reference = TorchDetector.open(run.folder, "cpu")
             facts = preprocessing_of(reference.model, reference.image_size)
@@ -139,16 +139,6 @@ def quantize(order: Order, tell: Callable[[str], None] = lambda _: None) -> Quan
             result = plugin.quantize(request)
         tell("auditing the result, and comparing it with FP32 on held-out images")
         return _judge(station, manifest, request, result, reference, judged_on, labelled=order.data is not None)
-
-
-def _table(run: Run, data: str | None) -> SampleTable:
-    """Return the samples with the splits of the training, wherever the data lies now."""
-    config = run.config()
-    root = data or str(run.manifest().data.get("root"))
-    if not Path(root).expanduser().exists():
-        raise UadxError(f"{root}: the run's data is not there", "say where it is now: --data DATA")
-    table = scan(root, config.data.layout if data is None else None, config.data.categories)
-    return hold_out(table, config.data.val_fraction, config.seed)
 
 
 def _source(run: Run, data: str | None) -> dict[str, Any]:
@@ -213,7 +203,9 @@ def _judge(
         update={
             "precision": result.precision,
             "profile": result.profile,
+            "whole": result.whole,
             "details": result.details,
+            "calibration": manifest.calibration if result.calibration is None else result.calibration,
             "files": {
                 name: {"sha256": sha256_of(folder / name), "bytes": (folder / name).stat().st_size} for name in result.files
             },
@@ -317,16 +309,18 @@ def _auroc(reference: Detector, detector: Detector, table: SampleTable) -> dict[
 
 
 def _advice(manifest: QuantizedManifest) -> str:
-    """Say what to try."""
+    """Say what to try, of what there is for the backend and the method."""
     tries = []
-    if manifest.calibration["source"] != "dataset":
+    options, trainable = manifest.options, "qat" in model_plugin(manifest.model).supports
+    if manifest.precision == "int8" and manifest.calibration["source"] != "dataset":
         tries.append("--calibration dataset")
-    if manifest.options.get("bias_correction") == "fast":
-        tries.append("--set bias_correction=full")
     if manifest.backend == "openvino-int8":
-        tries += ["--set overflow_fix=enable", "--max-drop 0.005"]
-    if manifest.backend != "nncf-qat" and manifest.precision == "int8":
-        tries.append("--backend nncf-qat")
-    if manifest.backend == "nncf-qat":
-        tries.append("a lower --set lr")
+        tries += ["--set bias_correction=full"] if options["bias_correction"] != "full" else []
+        tries += ["--set overflow_fix=enable"] if options["overflow_fix"] != "enable" else []
+        tries += ["--max-drop 0.005"] if options["max_drop"] is None else []
+        tries += ["--backend nncf-qat"] if trainable else []
+    elif manifest.backend == "tensorrt-int8" and options["source"] is None and trainable:
+        tries.append("--backend nncf-qat --set profile=tensorrt")
+    elif manifest.backend == "nncf-qat" or manifest.details.get("source"):
+        tries.append("nncf-qat with a lower --set lr")
     return f"the files are kept for looking at, marked as rejected; try {', '.join(tries or ['--backend fp32'])}"

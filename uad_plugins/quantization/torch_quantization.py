@@ -11,7 +11,7 @@ Two profiles, because OpenVINO and TensorRT want different graphs:
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ from uad_plugins.quantization.ranges import advanced_parameters
 from uad_plugins.quantization.scope import TorchGraph
 
 OPENVINO, TENSORRT = "openvino", "tensorrt"
+CHECKPOINT = "quantized.ckpt"
+"""Weights and quantizers of a trained result."""
 
 
 def hooks(model: nn.Module) -> list[tuple[str, SymmetricQuantizer]]:
@@ -50,7 +52,6 @@ def quantize_core(
     profile: str,
     student: set[str] | None = None,
     overflow_fix: str = "first_layer",
-    fast_bias_correction: bool = True,
     ranges: str = "whole",
 ) -> nn.Module:
     """Return a copy of a network with fake quantizers, their ranges set by the calibration data.
@@ -62,7 +63,6 @@ def quantize_core(
         student: Names of the parameters whose convolutions are quantized; None: all.
         overflow_fix: ``disable``, ``first_layer`` or ``enable``: weights of half the range, for CPUs without VNNI.
             ``tensorrt`` needs none.
-        fast_bias_correction: Correct biases layer by layer in one pass instead of one pass a layer.
         ranges: ``whole`` or ``mean``; see ``advanced_parameters``.
     """
     with quiet_quantizers():
@@ -73,7 +73,6 @@ def quantize_core(
             nncf.Dataset(list(calibration)),
             subset_size=len(calibration),
             ignored_scope=nncf.IgnoredScope(names=sorted({*graph.ignored(student), *additions})),
-            fast_bias_correction=fast_bias_correction,
             advanced_parameters=advanced_parameters(ranges, "disable" if profile == TENSORRT else overflow_fix),
         )
         share_equal_inputs(quantized, graph)
@@ -206,6 +205,11 @@ def restore(core: nn.Module, configured: str, state: dict[str, Any] | None = Non
     if state is not None:
         restored.load_state_dict(state)
     return restored.eval()
+
+
+def was_trained(details: Mapping[str, Any]) -> bool:
+    """Tell from the details of a result of ``nncf-qat`` whether an epoch improved on the calibration it began with."""
+    return bool(details["best_epoch"])
 
 
 def _key(operation: str) -> str:

@@ -18,7 +18,7 @@ except ImportError:
 
 from uad_plugins.artifacts import MANIFEST, Run, RunManifest, write_json, write_text
 from uad_plugins.config import TrainConfig, to_yaml
-from uad_plugins.data.samples import SampleTable
+from uad_plugins.data.samples import NORMAL, SampleTable
 from uad_plugins.errors import UadxError, UsageError
 
 RESUME_MAY_CHANGE = ("trainer", "plugins", "data.num_workers", "data.eval_batch_size", "thresholds")
@@ -87,13 +87,16 @@ def check_folder(run: Run, *, resume: bool, overwrite: bool) -> None:
     raise UadxError(f"{folder}: holds an unfinished run", "continue it with --resume, or replace it with --overwrite")
 
 
-def write_start(run: Run, config: TrainConfig, manifest: RunManifest, skipped: Mapping[str, str], *, fresh: bool) -> None:
+def write_start(
+    run: Run, config: TrainConfig, manifest: RunManifest, table: SampleTable, skipped: Mapping[str, str], *, fresh: bool
+) -> None:
     """Make the folder ready for the first step: everything that could go wrong before it has gone right.
 
     Args:
         run: The run.
         config: Its resolved configuration.
         manifest: Its manifest.
+        table: The samples of its training.
         skipped: Images left out.
         fresh: Begin anew; what is there is replaced.
     """
@@ -105,6 +108,7 @@ def write_start(run: Run, config: TrainConfig, manifest: RunManifest, skipped: M
         leftover.unlink()
     write_text(run.config_file, to_yaml(config))
     write_json(run.folder / "skipped.json", dict(skipped))
+    write_json(run.split_file, {"val": [table.relative(int(index)) for index in table.where(split="val", label=NORMAL)]})
     run.write_manifest(manifest)
 
 

@@ -90,7 +90,7 @@ def train(
             if main_process():
                 if resuming:
                     manifest.weights = run.manifest().weights
-                write_start(run, config, manifest, module.skipped, fresh=not resuming)
+                write_start(run, config, manifest, module.table, module.skipped, fresh=not resuming)
             fitted = _fit(run, config, module, model, interactive=interactive)
             if not fitted["main"]:
                 return None

@@ -20,7 +20,7 @@ from torch import nn
 from uad_plugins.config import OptimizerConfig
 from uad_plugins.errors import UadxError
 from uad_plugins.models.backbones import BUNDLED, CHECKPOINT, HUB, require_architecture
-from uad_plugins.models.recipe import DistillationRecipe
+from uad_plugins.models.recipe import DistillationRecipe, Observe
 from uad_plugins.models.uninformed_students.networks import DIMENSIONS, PatchNetwork, patch_networks
 from uad_plugins.models.uninformed_students.options import BY_CATEGORY, GLOBAL, NORMAL, PROCEDURAL, UninformedStudentsOptions
 from uad_plugins.models.uninformed_students.passes import batches, flattened
@@ -302,6 +302,21 @@ class UninformedStudents(DistillationRecipe, AnomalibModule):
         for scale, moment in enumerate(reduced):
             self.model.score_mean[scale], self.model.score_std[scale] = moment.result()
         return True
+
+    @staticmethod
+    def recalibrate(network: Any, observe: Observe) -> None:
+        """Take mean and deviation of error and variance again: quantizers shift both; see ``DistillationRecipe``."""
+
+        def deviations(network: Any, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            found = network.deviations(images)
+            return found.errors, found.variances
+
+        moments = [Moments((1, 2), network.score_mean.device) for _ in network.score_mean]
+        for values in observe(deviations):
+            for moment, of_scale in zip(moments, torch.stack(values, dim=-1).unbind(1), strict=True):
+                moment.add(0, of_scale.flatten(0, -2))
+        for scale, moment in enumerate(moments):
+            network.score_mean[scale], network.score_std[scale] = moment.result()
 
     def _moments(self, length: int) -> Moments:
         return Moments((max(1, len(self.categories)), length), self.device)

@@ -1,0 +1,63 @@
+"""The scripts that measure quantization: they run, and a failure in one run does not stop the next."""
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.mark.slow
+def test_quantization_is_measured_and_a_broken_run_does_not_stop_the_others(trained, products, tmp_path):
+    (tmp_path / "broken").mkdir()
+    words = [sys.executable, str(BENCHMARKS / "quantization.py"), str(tmp_path / "broken"), str(trained)]
+    words += ["--data", str(products), "--out", str(tmp_path / "q.jsonl"), "--work", str(tmp_path / "work")]
+    words += ["--backends", "fp32", "openvino-int8", "--calibrations", "dataset", "--samples", "3"]
+    words += ["--threads", "1", "--rounds", "2", "--isa", "AVX512_CORE"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == f"failed: {tmp_path / 'broken'}"
+    lines = {line["key"]: line for line in map(json.loads, (tmp_path / "q.jsonl").read_text().splitlines())}
+    name = trained.name
+    assert set(lines) == {
+        f"{name}/torch",
+        f"{name}/fp32/dataset",
+        f"{name}/openvino-int8/dataset",
+        f"{name}/latency/1",
+        f"{name}/latency/1/AVX512_CORE",
+    }
+    for key, isa in ((f"{name}/latency/1", "all"), (f"{name}/latency/1/AVX512_CORE", "AVX512_CORE")):
+        line = lines[key]
+        assert line["isa"] == isa
+        assert set(line["latency"]) == {"fp32 openvino", "fp32 onnxruntime", "openvino-int8 openvino"}
+        kernels = line["executed"]["openvino-int8 openvino"]["convolutions"]
+        assert sum(count for kernel, count in kernels.items() if kernel.lower().endswith("_i8")) > 0
+        assert all(kernel.endswith("_f32") for kernel in line["executed"]["fp32 openvino"]["convolutions"])
+        shares = line["executed"]["openvino-int8 openvino"]["share_of_time"]
+        assert "Convolution i8" in shares
+        assert "Convolution f32" not in shares
+        assert 0.9 < sum(line["executed"]["fp32 openvino"]["share_of_time"].values()) < 1.01
+    kernels = lines[f"{name}/latency/1/AVX512_CORE"]["executed"]["openvino-int8 openvino"]["convolutions"]
+    assert not any("vnni" in kernel or "amx" in kernel for kernel in kernels)
+
+
+def test_the_lowest_bar_of_any_column_is_seen(tmp_path, monkeypatch):
+    """The axes of a row are shared: the limits of the last column must not cut off what collapsed in the first."""
+    import matplotlib.pyplot as plt
+
+    def lines(method, *values):
+        for backend, value in zip(("torch", "openvino-int8"), values, strict=True):
+            yield {"kind": "accuracy", "method": method, "backend": backend, "metrics": {"mean": {"image_auroc": value}}}
+
+    results = tmp_path / "q.jsonl"
+    results.write_text("\n".join(map(json.dumps, [*lines("a", 0.95, 0.5), *lines("b", 0.99, 0.98)])))
+    monkeypatch.setattr(sys, "argv", ["plot", str(results), str(tmp_path / "q.png")])
+    runpy.run_path(str(BENCHMARKS / "plot_quantization.py"), run_name="__main__")
+    figure = plt.gcf()
+    assert (tmp_path / "q.png").is_file()
+    assert {axis.get_ylim() for axis in figure.axes[:2]} == {(0.45, 1.0)}
+    plt.close(figure)

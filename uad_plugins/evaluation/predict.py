@@ -13,7 +13,7 @@ from uad_plugins.data.layouts.walking import images
 from uad_plugins.detector import Detector, Prediction
 from uad_plugins.errors import UsageError, unknown_name
 from uad_plugins.evaluation.overlays import overlay
-from uad_plugins.evaluation.rows import picture_names, verdict
+from uad_plugins.evaluation.rows import ERROR, picture_names, plain_threshold, verdict
 from uad_plugins.imaging import ImageError, read_rgb
 from uad_plugins.progress import Progress
 
@@ -51,6 +51,8 @@ def predict(
 ) -> Iterator[dict[str, Any]]:
     """Yield one row an image: ``path, category, score, threshold, verdict, map, error``.
 
+    The verdict is ``normal``, ``anomalous``, ``error``, or ``no threshold`` where none was set; the threshold is None then.
+
     Args:
         detector: What scores them.
         paths: Image files.
@@ -85,8 +87,8 @@ def _row(prediction: Prediction, category: str | None, threshold: float) -> dict
         "path": prediction.path,
         "category": category,
         "score": None if error else prediction.score,
-        "threshold": threshold,
-        "verdict": "error" if error else verdict(prediction.score, threshold),
+        "threshold": plain_threshold(threshold),
+        "verdict": ERROR if error else verdict(prediction.score, threshold),
         "map": None,
         "error": error,
     }

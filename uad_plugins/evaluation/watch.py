@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -142,8 +141,7 @@ class Watch:
             elif stamp is not None and row["error"] and time.monotonic() - state.since < self.patience:
                 state.failed = True
             elif stamp is not None:
-                threshold = row["threshold"] if math.isfinite(row["threshold"]) else None
-                yield {**row, "threshold": threshold, "bytes": stamp[0], "changed": stamp[1]}
+                yield {**row, "bytes": stamp[0], "changed": stamp[1]}
 
 
 def _forget(there: dict[str, Stamp], seen: dict[str, _Seen], done: dict[str, Stamp]) -> None:

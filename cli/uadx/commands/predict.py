@@ -137,7 +137,5 @@ def _show(row: dict[str, Any]) -> None:
 
     if row["error"] is not None:
         say(f"{'error':<9}  {'':>18}  {row['path']}: {row['error']}")
-    elif row["threshold"] is None:
-        say(f"{row['verdict']:<9}  {row['score']:>18.4g}  {row['path']}")
     else:
         say(f"{row['verdict']:<9}  {describe(row['score'], row['threshold']):>18}  {row['path']}")

@@ -7,6 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 import warnings
 from pathlib import Path
 
@@ -230,15 +232,19 @@ def test_a_hung_queue_is_noticed_and_every_image_still_scored(bundle, photos, ex
 
     monkeypatch.setattr(_Request, "wait", hangs)
     monkeypatch.setattr(OpenVinoDetector, "patience", 0.5)
-    with open_detector(bundle) as detector, pytest.warns(RuntimeWarning, match="no result within 0.5 s") as warned:
-        found = list(detector.stream(good(photos)))
-    assert len(warned) == 1
-    assert [seconds for seconds in waited if seconds] == [0.5]
-    np.testing.assert_allclose([item.score for item in found], [item.score for item in expected], rtol=1e-3)
+    with open_detector(bundle) as detector:
+        with pytest.warns(RuntimeWarning, match="no result within 0.5 s") as warned:
+            found = list(detector.stream(good(photos)))
+        assert len(warned) == 1
+        waits = len(waited)
+        again = list(detector.stream(good(photos)))
+    assert len(waited) == waits, "a queue that hung is not waited for again"
+    for scored in (found, again):
+        np.testing.assert_allclose([item.score for item in scored], [item.score for item in expected], rtol=1e-3)
 
 
 def test_a_queue_that_hangs_in_the_middle_loses_and_doubles_nothing(bundle, photos, expected, monkeypatch):
-    from uad_plugins.runtime.openvino_detector import _Request
+    from uad_plugins.runtime.openvino_detector import OpenVinoDetector, _Request
 
     original, calls = _Request.wait, itertools.count()
 
@@ -246,11 +252,85 @@ def test_a_queue_that_hangs_in_the_middle_loses_and_doubles_nothing(bundle, phot
         return False if next(calls) > 8 else original(self, 60.0)
 
     monkeypatch.setattr(_Request, "wait", hangs_later)
+    monkeypatch.setattr(OpenVinoDetector, "patience", 0.5)
     with open_detector(bundle) as detector, pytest.warns(RuntimeWarning, match="one image at a time"):
         found = list(detector.stream(photos))
     assert [item.path for item in found] == photos
     scores = [item.score for item in found if not item.error]
     np.testing.assert_allclose(scores, [item.score for item in expected], rtol=1e-3)
+
+
+def test_a_finished_request_takes_the_next_image_while_the_oldest_is_under_way(bundle, photos, expected, monkeypatch):
+    from uad_plugins.runtime.openvino_detector import _Request
+
+    started, wait, start = [], _Request.wait, _Request.start
+    requests = set()
+
+    def noting(self, image):
+        requests.add(self)
+        started.append(self)
+        start(self, image)
+
+    def slow_first(self, seconds):
+        # The first image lands when some request has taken its second one.
+        if self is started[0] and len(started) == len(requests) and seconds < 10:
+            time.sleep(seconds)
+            return False
+        return wait(self, 10.0 if seconds else 0)
+
+    monkeypatch.setattr(_Request, "start", noting)
+    monkeypatch.setattr(_Request, "wait", slow_first)
+    paths = good(photos) * 3
+    with open_detector(bundle) as detector:
+        monkeypatch.setattr(type(detector), "patience", 5.0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", RuntimeWarning)
+            found = list(detector.stream(paths))
+    assert [item.path for item in found] == paths
+    np.testing.assert_allclose([item.score for item in found], [item.score for item in expected] * 3, rtol=1e-3)
+
+
+def test_results_that_wait_for_an_older_one_are_bounded(bundle, photos, monkeypatch):
+    from uad_plugins.runtime import openvino_detector
+
+    most, add = [], openvino_detector._Queue.add
+
+    def noting(self, flight):
+        add(self, flight)
+        most.append(len(self.flying) / len(self.requests))
+
+    monkeypatch.setattr(openvino_detector._Queue, "add", noting)
+    with open_detector(bundle) as detector:
+        bad = [path for path in photos if Path(path).name in {"broken.png", "text.png"}]
+        list(detector.stream((good(photos)[:1] + bad * 20) * 3, batch_size=64))
+    assert max(most) <= 2
+
+
+def test_a_single_image_is_scored_in_latency_mode_and_several_share_requests(bundle, photos, monkeypatch):
+    from uad_plugins.runtime.openvino_detector import LATENCY, THROUGHPUT, OpenVinoDetector, _Request
+
+    hints, made, compile_model, new = [], [], OpenVinoDetector.compile, _Request.__init__
+
+    def noting(self, hint):
+        hints.append(hint)
+        return compile_model(self, hint)
+
+    def making(self, *arguments):
+        made.append(self)
+        new(self, *arguments)
+
+    monkeypatch.setattr(OpenVinoDetector, "compile", noting)
+    monkeypatch.setattr(_Request, "__init__", making)
+    threads = lambda: {thread.name for thread in threading.enumerate() if thread.name.startswith("uadx-decoder")}  # noqa: E731
+    before = threads()
+    with open_detector(bundle) as detector:
+        (one,) = detector.stream(good(photos)[:1])
+        assert (hints, len(made), threads()) == ([LATENCY], 1, before)
+        several = list(detector.stream(good(photos)[:3]))
+        count = len(made)
+        list(detector.stream(good(photos)[:3]))
+        assert (hints, len(made)) == ([LATENCY, THROUGHPUT], count)
+    assert one.score == pytest.approx(several[0].score, rel=1e-4)
 
 
 def test_what_openvino_compiled_is_kept_in_the_cache_alone(bundle, photos, tmp_path, monkeypatch):

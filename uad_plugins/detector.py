@@ -14,10 +14,17 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
+from uad_plugins.cpu import cores
 from uad_plugins.errors import UadxError
 from uad_plugins.evaluation.thresholds import Thresholds
 from uad_plugins.imaging import ImageError, RgbImage, resize_rgb, to_rgb
 from uad_plugins.registry import registry
+
+BATCH_SIZE = 16
+"""Images scored together, or decoded ahead."""
+
+READERS = min(4, cores())
+"""Threads that decode: more than there are cores would only take turns with inference."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +96,21 @@ class Detector(ABC):
         del categories
         return self.infer(images)
 
-    def close(self) -> None:  # noqa: B027
+    def close(self) -> None:
         """Give resources back; the detector cannot be used afterwards."""
+        for pool in self._pools().values():
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _pools(self) -> dict[int, ThreadPoolExecutor]:
+        pools: dict[int, ThreadPoolExecutor] = self.__dict__.setdefault("_decoding", {})
+        return pools
+
+    def decoders(self, readers: int) -> ThreadPoolExecutor:
+        """Return that many decoding threads; they are kept, so that a short stream need not start any."""
+        pools = self._pools()
+        if readers not in pools:
+            pools[readers] = ThreadPoolExecutor(max_workers=readers, thread_name_prefix="uadx-decoder")
+        return pools[readers]
 
     def __enter__(self) -> Detector:
         return self
@@ -103,8 +123,8 @@ class Detector(ABC):
         paths: Iterable[str],
         *,
         categories: Iterable[str | None] | None = None,
-        batch_size: int = 16,
-        readers: int = 4,
+        batch_size: int = BATCH_SIZE,
+        readers: int = READERS,
     ) -> Iterator[Prediction]:
         """Score images in the order given; the next are decoded while the current ones are scored.
 
@@ -118,17 +138,22 @@ class Detector(ABC):
             readers: Decoding threads.
         """
         remaining = zip(paths, categories if categories is not None else repeat(None), strict=False)
-        with ThreadPoolExecutor(max_workers=readers) as pool:
+        pool = self.decoders(readers)
 
-            def submit(path: str, category: str | None) -> tuple[str, str | None, Future[Decoded]]:
-                return path, category, pool.submit(decode, path, self.image_size)
+        def submit(path: str, category: str | None) -> tuple[str, str | None, Future[Decoded]]:
+            return path, category, pool.submit(decode, path, self.image_size)
 
-            waiting = [submit(*item) for item in islice(remaining, 2 * batch_size)]
+        waiting: list[tuple[str, str | None, Future[Decoded]]] = []
+        try:
+            waiting += [submit(*item) for item in islice(remaining, 2 * batch_size)]
             while waiting:
                 batch, waiting = waiting[:batch_size], waiting[batch_size:]
                 decoded = [(path, category, future.result()) for path, category, future in batch]
                 waiting += [submit(*item) for item in islice(remaining, batch_size)]
                 yield from self._score(decoded)
+        finally:
+            for _, _, future in waiting:
+                future.cancel()
 
     def _score(self, decoded: Sequence[tuple[str, str | None, Decoded]]) -> Iterator[Prediction]:
         good = [item.pixels for _, _, item in decoded if item.pixels is not None]

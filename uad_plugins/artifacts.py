@@ -37,7 +37,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     The content reaches the disk before the name does: after a power cut there is the old file or the new one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    # Cut off: with what is added here a long name would become too long for the file system.
+    handle, name = tempfile.mkstemp(prefix=f".{path.name[:32]}.", suffix=".part", dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:

@@ -80,6 +80,15 @@ def test_a_bundle_with_something_wrong_is_refused(tmp_path, changes, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(("before", "after"), [('"value": 0.5', '"value": 9.5'), ('"seal": "', '"seal": "0'), ("{", "{ ")])
+def test_a_changed_manifest_is_refused(tmp_path, before, after):
+    path = write_bundle(tmp_path) / "bundle.json"
+    path.write_text(path.read_text().replace(before, after, 1))
+    with pytest.raises(RunnerError) as error:
+        read_bundle(tmp_path)
+    assert str(error.value) == f"{path}: is not what was bundled: its content has changed; copy the bundle again"
+
+
 def test_what_is_no_bundle_is_refused(tmp_path):
     with pytest.raises(RunnerError, match=r"not a bundle \(bundle.json: No such file"):
         read_bundle(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -85,6 +86,9 @@ def cache_folder(name: str) -> Path:
     """Return the folder for files that can be made again: below ``UADX_CACHE``, or the user's cache folder."""
     base = os.environ.get("UADX_CACHE")
     root = Path(base).expanduser() if base else Path(platformdirs.user_cache_dir("uadx", appauthor=False))
+    if not base and not root.is_absolute():
+        # Without a home folder a path that begins with "~" is left: it would land in the working directory.
+        raise FileNotFoundError(errno.ENOENT, "no home folder for the cache", str(root))
     folder = root / name
     folder.mkdir(parents=True, exist_ok=True)
     return folder

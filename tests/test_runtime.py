@@ -498,6 +498,66 @@ def test_tensorrt_runs_a_bundle_for_jetson(bundle, tmp_path, monkeypatch, versio
     sys.modules.pop("uad_plugins.runtime.tensorrt_detector", None)
 
 
+@pytest.fixture
+def jetson(onnx_bundle, tmp_path, monkeypatch):
+    """A bundle for Jetson that OpenVINO can run too, and a device with TensorRT that has not seen it yet."""
+    from jetson_device import Device
+
+    folder = Path(shutil.copytree(onnx_bundle, tmp_path / "jetson"))
+    manifest = Bundle.open(folder).manifest
+    seal(folder, manifest.model_copy(update={"target": "tensorrt-jetson"}))
+    names = manifest.outputs
+    shapes = {manifest.input.name: (1, 3, 64, 64), names.score: (1,), names.map: (1, 64, 64)}
+    device = Device("10.3", folder, tensors=shapes)
+    monkeypatch.delitem(sys.modules, "uad_plugins.runtime.tensorrt_detector", raising=False)
+    with device.installed():
+        yield device
+    sys.modules.pop("uad_plugins.runtime.tensorrt_detector", None)
+
+
+def test_without_a_gpu_the_next_engine_is_taken_unless_tensorrt_was_asked_for(jetson, photos):
+    jetson.cuda.fails = True
+    reason = f"{jetson.bundle}: CUDA: cuInit failed: no CUDA-capable device is detected"
+    with pytest.warns(RuntimeWarning) as warned, open_detector(jetson.bundle) as detector:
+        assert detector.engine == "openvino"
+    assert [str(warning.message) for warning in warned] == [f"{reason}; going on with openvino"]
+    with pytest.raises(UadxError) as caught:
+        open_detector(jetson.bundle, "tensorrt")
+    assert caught.value.message == reason
+
+
+@pytest.mark.filterwarnings("ignore:building the engine:UserWarning")
+@pytest.mark.filterwarnings("ignore:engine:UserWarning")
+@pytest.mark.filterwarnings("ignore:the same with trtexec:UserWarning")
+def test_errors_of_cuda_are_told_and_no_context_is_left(jetson, monkeypatch):
+    def failing(*_):
+        raise jetson.cuda.Error("out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(jetson.cuda, "mem_alloc", failing)
+        with pytest.raises(UadxError, match="CUDA: out of memory"):
+            open_detector(jetson.bundle, "tensorrt")
+    assert (jetson.cuda.contexts, jetson.cuda.memory) == (0, {})
+    detector = open_detector(jetson.bundle, "tensorrt")
+    with monkeypatch.context() as patched:
+        patched.setattr(jetson.cuda, "memcpy_htod_async", failing)
+        with pytest.raises(UadxError, match="CUDA: out of memory"):
+            detector.infer(np.zeros((1, 64, 64, 3), np.uint8))
+    detector.close()
+    assert (jetson.cuda.contexts, jetson.cuda.memory) == (0, {})
+
+
+def test_an_error_of_the_system_says_what_it_is(bundle, monkeypatch):
+    def refusing(self):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "read_bytes", refusing)
+    with pytest.raises(UadxError) as caught:
+        open_detector(bundle)
+    assert "Permission denied" in caught.value.message
+    assert str(bundle / "bundle.json") in caught.value.message
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("extra", "station"), [("openvino-runtime", "bundle"), ("onnx-runtime", "onnx_bundle")])
 def test_the_runtime_extras_bring_no_torch(request, photos, tmp_path, extra, station):

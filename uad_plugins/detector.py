@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uad_plugins.cpu import cores
-from uad_plugins.errors import UadxError
+from uad_plugins.errors import EngineError, UadxError, reason_of
 from uad_plugins.evaluation.thresholds import Thresholds
 from uad_plugins.imaging import ImageError, RgbImage, resize_rgb, to_rgb
 from uad_plugins.registry import registry
@@ -209,7 +210,7 @@ def open_detector(folder: str | Path, engine: str | None = None) -> Detector:
         engine: Name of a runtime plugin; None takes the first that knows this kind of folder.
 
     Raises:
-        UadxError: There is no such folder, or no engine takes it.
+        UadxError: There is no such folder, no engine takes it, or the only one that does cannot be used here.
         UsageError: Unknown engine.
     """
     folder = Path(folder).expanduser()
@@ -218,9 +219,13 @@ def open_detector(folder: str | Path, engine: str | None = None) -> Detector:
     runtimes = [registry().get("runtime", engine)] if engine else registry().items("runtime")
     answers: list[str] = []
     missing: list[str] = []
+    failed: list[UadxError] = []
     for runtime in sorted(runtimes, key=lambda item: -item.priority):
         try:
             detector: Detector | None = runtime.open(folder)
+        except EngineError as error:
+            failed.append(error)
+            continue
         except UadxError:
             raise
         except ModuleNotFoundError as error:
@@ -229,11 +234,16 @@ def open_detector(folder: str | Path, engine: str | None = None) -> Detector:
             continue
         except Exception as error:
             # An engine may be foreign code: the others must still be asked.
-            answers.append(f"{runtime.name}: {type(error).__name__}: {error}")
+            failed.append(UadxError(f"{folder}: {runtime.name}: {type(error).__name__}: {reason_of(error)}"))
             continue
         if detector is not None:
+            for failure in failed:
+                warnings.warn(f"{failure.message}; going on with {detector.engine}", RuntimeWarning, stacklevel=2)
             return detector
         answers.append(runtime.name)
+    if failed:
+        installs = " or ".join(dict.fromkeys(missing))
+        raise type(failed[0])(failed[0].message, installs or failed[0].hint)
     if missing:
         which = f"the engine '{engine}'" if engine else "an engine for it"
         raise UadxError(f"{folder}: {which} is not installed", " or ".join(dict.fromkeys(missing)))

@@ -209,6 +209,29 @@ def test_what_breaks_a_targets_rules_is_not_written(trained, tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_engine_is_built_into_the_bundle_and_the_equal_line_is_told(trained, tmp_path, monkeypatch):
+    """By the runner that was packaged, in a process of its own, with fakes of TensorRT and pycuda that record."""
+    tests, fakes = Path(__file__).parent, tmp_path / "fakes"
+    (fakes / "pycuda").mkdir(parents=True)
+    (fakes / "pycuda" / "__init__.py").touch()
+    (fakes / "a_device.py").write_text(
+        f"import sys\nsys.path.append({str(tests)!r})\nfrom pathlib import Path\nfrom jetson_device import Device\n"
+        "device = Device('10.3', Path('.'))\n"
+    )
+    (fakes / "tensorrt.py").write_text("import a_device, sys\nsys.modules[__name__] = a_device.device.trt\n")
+    (fakes / "pycuda" / "driver.py").write_text("import a_device, sys\nsys.modules[__name__] = a_device.device.cuda\n")
+    monkeypatch.syspath_prepend(str(fakes))
+    monkeypatch.setenv("PYTHONPATH", str(fakes))
+    said, out = [], tmp_path / "b"
+    deploy(Order(trained, out, "tensorrt-jetson", pictures=False, build_engine=True), said.append)
+    assert (out / "engine" / "model.engine").read_bytes() == b"engine"
+    sidecar = json.loads((out / "engine" / "model.engine.json").read_text())
+    assert said[-1] == f"the same with trtexec, in {out}: {sidecar['trtexec']}"
+    words = sidecar["trtexec"].split()
+    assert words[:3] == ["trtexec", "--onnx=model.onnx", "--saveEngine=engine/model.engine"]
+    Bundle.open(out)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

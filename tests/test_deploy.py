@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -213,10 +214,33 @@ def test_a_bundle_that_says_something_else_is_not_written(trained, tmp_path, mon
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_breaks_a_targets_rules_is_not_written(trained, tmp_path, monkeypatch):
-    from uad_plugins.quantization import tensorrt_rules
+def test_deploying_for_a_jetson_says_for_which_versions_of_tensorrt_it_is_good(trained, tmp_path, monkeypatch):
+    from uad_plugins.quantization.tensorrt_versions import PARSERS
 
-    monkeypatch.setattr(tensorrt_rules, "OPERATORS", tensorrt_rules.OPERATORS - {"Conv"})
+    said = []
+    manifest = deploy(Order(trained, tmp_path / "a", "tensorrt-jetson", pictures=False), said.append)
+    assert "good for TensorRT 8.5, 8.6, 10.3, 10.15, 11" in said
+    assert manifest.details["tensorrt"] == {version: [] for version in PARSERS}
+    for version in ("8.5", "8.6"):
+        monkeypatch.setitem(PARSERS, version, replace(PARSERS[version], max_opset=16))
+    manifest = deploy(Order(trained, tmp_path / "b", "tensorrt-jetson", pictures=False), said.append)
+    assert said[-4:-1] == [
+        "good for TensorRT 10.3, 10.15, 11",
+        "not for TensorRT 8.5: opset 17 is newer than 16",
+        "not for TensorRT 8.6: opset 17 is newer than 16",
+    ]
+    assert manifest.details["tensorrt"]["8.5"] == ["opset 17 is newer than 16"]
+    assert not [case for cases in manifest.checks.values() for case in cases]
+    card = (tmp_path / "b" / "README.md").read_text()
+    assert "operators and opset are those of version 10.3, 10.15, 11" in card
+    assert "numbers are those of ONNX Runtime" not in card
+
+
+def test_what_breaks_a_targets_rules_is_not_written(trained, tmp_path, monkeypatch):
+    from uad_plugins.quantization.tensorrt_versions import PARSERS
+
+    for version, parser in PARSERS.items():
+        monkeypatch.setitem(PARSERS, version, replace(parser, operators=parser.operators - {"Conv"}))
     with pytest.raises(UadxError, match="does not keep the rules of tensorrt-jetson: operators: .*; and"):
         deploy(Order(trained, tmp_path / "b", "tensorrt-jetson"))
     assert list(tmp_path.iterdir()) == []

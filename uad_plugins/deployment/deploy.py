@@ -88,6 +88,8 @@ def deploy(order: Order, tell: Callable[[str], None] = lambda _: None) -> Bundle
         with source.reference:
             result = plugin.package(_request(source, options, folder))
             _refuse(plugin, result)
+            for line in result.notes:
+                tell(line)
             manifest = _manifest(plugin, source, result, options.model_dump(mode="json"))
             manifest = _finish(order, source, result, manifest, folder, out.stem, tell)
         if order.build_engine:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from uad_plugins.cpu import cores
 from uad_plugins.errors import EngineError, UadxError, reason_of
 from uad_plugins.evaluation.thresholds import Thresholds
-from uad_plugins.imaging import ImageError, RgbImage, resize_rgb, to_rgb
+from uad_plugins.imaging import ImageError, RgbImage, resize_rgb, to_8_bit
 from uad_plugins.registry import registry
 
 BATCH_SIZE = 16
@@ -192,11 +192,11 @@ def decode(path: str, size: tuple[int, int]) -> Decoded:
     """Decode and resize an image; one that cannot be read is an answer too.
 
     Args:
-        path: Image file, or whatever else ``imaging.to_rgb`` takes.
+        path: Image file, or whatever else ``imaging.to_8_bit`` takes.
         size: ``(height, width)`` to resize to.
     """
     try:
-        image = to_rgb(path)
+        image = to_8_bit(path)
         return Decoded(resize_rgb(image, size), (image.height, image.width))
     except ImageError as error:
         return Decoded(None, error=error.message.removeprefix(f"{path}: "))

@@ -155,6 +155,32 @@ def test_an_int8_model_keeps_its_thresholds_and_scores(int8, tmp_path, products)
     np.testing.assert_allclose([item.score for item in found], [item.score for item in wanted], rtol=1e-4)
 
 
+def test_the_card_of_an_int8_model_has_the_figures_that_it_brings(trained, products, tmp_path):
+    """Training, AUROC beside FP32, agreement; and the licence of the weights wherever its run is."""
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    quantize(QuantizationOrder(run, tmp_path / "int8", "openvino-int8", samples=8, data=str(products)))
+    manifest = deploy(Order(tmp_path / "int8", tmp_path / "a", "openvino-cpu", pictures=False))
+    text = (tmp_path / "a" / "README.md").read_text()
+    training = manifest.metrics["training"]
+    assert f"| training: best epoch | {training['best_epoch']} of 2 |" in text
+    assert f"| training: loss on held-out images | {training['best_val_loss']:.4g} |" in text
+    assert f"| washer: loss on held-out images | {training['val_loss_per_category']['washer']:.4g} |" in text
+    washer = manifest.metrics["quantization"]["auroc"]["washer"]["image_auroc"]
+    assert f"| washer: image auroc | {washer['quantized']:.4f} (FP32 {washer['fp32']:.4f}) |" in text
+    assert "| openvino model.xml against FP32 | maps differ by " in text
+    run.rename(tmp_path / "elsewhere")
+    again = deploy(Order(tmp_path / "int8", tmp_path / "b", "openvino-cpu", pictures=False))
+    assert again.weights == manifest.weights
+    assert again.weights["licence"].startswith("Apache-2.0")
+    content = json.loads((tmp_path / "int8" / "quantized.json").read_text())
+    del content["source"]["weights"]
+    write_json(tmp_path / "int8" / "quantized.json", content)
+    again = deploy(Order(tmp_path / "int8", tmp_path / "c", "openvino-cpu", pictures=False))
+    unknown = "unknown: the run that it was quantized from is not there, and its record names none"
+    assert again.weights == {"licence": unknown}
+    assert f"| backbone weights | licence {unknown} |" in (tmp_path / "c" / "README.md").read_text()
+
+
 def test_fp16_halves_the_file_and_stays_near(trained, bundle, tmp_path):
     half = deploy(Order(trained, tmp_path / "half", "openvino-cpu", precision="fp16", pictures=False))
     whole = Bundle.open(bundle).manifest

@@ -231,6 +231,7 @@ def write_bundle(folder: Path, onnx: bytes = b"onnx", **changes: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "model.onnx").write_bytes(onnx)
     manifest = {
+        "seal": "0" * 64,
         "schema": "uadx.bundle/1",
         "onnx": "model.onnx",
         "input": {"name": "input", "shape": list(TENSORS["input"])},
@@ -246,5 +247,6 @@ def write_bundle(folder: Path, onnx: bytes = b"onnx", **changes: Any) -> Path:
         "files": {"model.onnx": {"sha256": hashlib.sha256(onnx).hexdigest(), "bytes": len(onnx)}},
         **changes,
     }
-    (folder / "bundle.json").write_text(json.dumps(manifest))
+    blank = json.dumps(manifest)
+    (folder / "bundle.json").write_text(blank.replace("0" * 64, hashlib.sha256(blank.encode()).hexdigest(), 1))
     return folder

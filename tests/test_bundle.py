@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import stat
 import subprocess
@@ -11,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from uad_plugins.deployment.bundle import Bundle, is_bundle, seal, staged
+from uad_plugins.deployment.bundle import Bundle, check_place, is_bundle, seal, staged
 from uad_plugins.deployment.manifest import MANIFEST, UNSEALED, complaint, parse
+from uad_plugins.detector import open_detector
 from uad_plugins.errors import UadxError, UsageError
 
 ROOT = Path(__file__).parents[1]
@@ -82,10 +84,70 @@ def test_a_zip_is_unpacked_once_into_the_cache(bundle, tmp_path, monkeypatch):
     Bundle.open(path)
     assert (seen / "model.bin").stat().st_mtime_ns == before
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["b.zip", "cache"]
-    (seen / "model.bin").write_bytes(b"other")
-    with pytest.raises(UadxError, match=r"'model.bin' has 5 bytes") as caught:
-        Bundle.open(path)
-    assert str(seen) in caught.value.hint
+
+
+def test_a_damaged_copy_in_the_cache_is_unpacked_again(bundle, tmp_path):
+    path = packed(bundle, tmp_path / "b.zip")
+    folder = Bundle.open(path).folder
+    for damage in (
+        lambda: (folder / "model.bin").write_bytes(b"other"),
+        lambda: (folder / "bundle.json").unlink(),
+        lambda: (folder / "more.txt").touch(),
+    ):
+        damage()
+        assert Bundle.open(path).folder == folder
+        Bundle.open(folder)
+    assert [entry.name for entry in folder.parent.iterdir()] == [folder.name]
+
+
+def test_what_is_unpacked_is_on_the_disk_before_it_has_its_name(bundle, tmp_path, monkeypatch):
+    synced, real, replace = [], os.fsync, Path.replace
+
+    def noting(handle):
+        synced.append(Path(f"/proc/self/fd/{handle}").readlink().name)
+        real(handle)
+
+    def renaming(self, target):
+        assert "model.bin" in synced
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", noting)
+    monkeypatch.setattr(Path, "replace", renaming)
+    Bundle.open(packed(bundle, tmp_path / "b.zip"))
+
+
+def test_a_cache_that_cannot_be_written_is_said(bundle, tmp_path, monkeypatch):
+    path = packed(bundle, tmp_path / "b.zip")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("UADX_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UadxError, match=r"b\.zip: cannot be unpacked into the cache: .*file") as caught:
+        open_detector(path)
+    assert "UADX_CACHE" in caught.value.hint
+    monkeypatch.delenv("UADX_CACHE")
+    monkeypatch.setattr("platformdirs.user_cache_dir", lambda *_, **__: "~/.cache/uadx")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UadxError, match="no home folder for the cache"):
+        open_detector(path)
+    assert not (tmp_path / "~").exists()
+
+
+def test_entries_for_folders_in_a_zip_do_not_matter(bundle, tmp_path):
+    path = packed(bundle, tmp_path / "b.zip", extra=[(zipfile.ZipInfo("pictures/"), b""), (zipfile.ZipInfo("a/b/"), b"")])
+    assert Bundle.open(path).manifest == Bundle.open(bundle).manifest
+    for name in ("../evil/", "/evil/"):
+        refused(packed(bundle, tmp_path / "c.zip", extra=[(zipfile.ZipInfo(name), b"")]), "lies outside the bundle")
+
+
+def test_each_file_is_hashed_once(bundle, tmp_path, monkeypatch):
+    from uad_plugins.deployment import bundle as module
+
+    hashed, real = [], module.sha256_of
+    monkeypatch.setattr(module, "sha256_of", lambda path: hashed.append(path.name) or real(path))
+    zipped = packed(bundle, tmp_path / "b.zip")
+    for place in (bundle, zipped, zipped):
+        hashed.clear()
+        with open_detector(place):
+            assert hashed.count("model.bin") == 1
 
 
 @pytest.mark.parametrize("name", ["model.bin", "model.xml", "README.md"])
@@ -261,6 +323,40 @@ def test_writing_is_all_or_nothing(bundle, tmp_path, name):
         shutil.copytree(bundle, folder, dirs_exist_ok=True)
     Bundle.open(out)
     assert [entry.name for entry in tmp_path.iterdir() if entry.name != "cache"] == [name]
+
+
+def test_a_replacement_that_fails_leaves_the_old_bundle(bundle, tmp_path, monkeypatch):
+    out, replace = Path(shutil.copytree(bundle, tmp_path / "out")), Path.replace
+
+    def failing(self, target):
+        if Path(target) == out and self.name == "bundle":
+            raise OSError(28, "No space left on device")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", failing)
+    with pytest.raises(OSError, match="No space left"), staged(out, overwrite=True) as folder:
+        (folder / "new.txt").touch()
+    assert Bundle.open(out).manifest == Bundle.open(bundle).manifest
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_replacement_that_was_killed_is_undone_or_finished_by_the_next(bundle, tmp_path):
+    out, aside = tmp_path / "out", tmp_path / ".out.before"
+    shutil.copytree(bundle, aside)
+    with pytest.raises(UadxError, match="holds a bundle"):
+        check_place(out, overwrite=False)
+    Bundle.open(out)
+    assert not aside.exists()
+    shutil.copytree(bundle, aside)
+    check_place(out, overwrite=True)
+    Bundle.open(out)
+    assert not aside.exists()
+
+
+def test_a_folder_that_is_named_like_a_zip_is_refused(tmp_path):
+    (tmp_path / "e.zip").mkdir()
+    with pytest.raises(UsageError, match=r"e\.zip: is a folder"), staged(tmp_path / "e.zip"):
+        pass
 
 
 def test_what_is_no_bundle_is_never_replaced(tmp_path):

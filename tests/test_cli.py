@@ -241,6 +241,35 @@ def test_predict_never_overwrites_an_image(uadx, products, trained, tmp_path):
     assert len(set(maps)) == len(before) == 5
 
 
+def test_maps_that_cannot_be_written_cost_no_other_image(uadx, trained, bundle, products, tmp_path, monkeypatch):
+    """A name too long and a full disk: an error in the row, the others go on, and predictions.csv is there."""
+    from uad_plugins.evaluation import predict
+
+    source = sorted((products / "washer" / "test" / "good").iterdir())
+    for name in (f"{'n' * 249}.png", "a.png", "b.png"):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        shutil.copy(source[0], tmp_path / "in" / name)
+    overlay, drawn = predict.overlay, []
+
+    class Full:
+        def save(self, *_, **__):
+            raise OSError(28, "No space left on device")
+
+    def once(*arguments):
+        drawn.append(arguments)
+        return Full() if len(drawn) == 1 else overlay(*arguments)
+
+    monkeypatch.setattr(predict, "overlay", once)
+    status, out, err = uadx("predict", bundle, tmp_path / "in", "--out", tmp_path / "maps", "--json")
+    assert status == 1, err
+    assert [row["error"] for row in json.loads(out)["predictions"]] == [
+        "its heat map cannot be written: No space left on device",
+        None,
+        "its heat map cannot be written: File name too long",
+    ]
+    assert len((tmp_path / "maps" / "predictions.csv").read_text().splitlines()) == 4
+
+
 def test_predict_prints_a_line_an_image(uadx, products, trained):
     image = sorted((products / "washer" / "test" / "good").iterdir())[0]
     status, out, err = uadx("predict", trained, image)
@@ -347,7 +376,10 @@ def test_predict_watch_writes_lines_until_it_is_stopped(uadx, bundle, products, 
 
     original = watch.Watch.run
 
+    sizes = []
+
     def four(self, detector):
+        sizes.append(self.batch_size)
         for number, row in enumerate(original(self, detector), start=1):
             yield row
             if number == 4:
@@ -355,8 +387,9 @@ def test_predict_watch_writes_lines_until_it_is_stopped(uadx, bundle, products, 
 
     monkeypatch.setattr(watch.Watch, "run", four)
     images = products / "washer" / "test" / "good"
-    status, out, err = uadx("predict", bundle, "--watch", images, "--out", tmp_path / "out")
+    status, out, err = uadx("predict", bundle, "--watch", images, "--out", tmp_path / "out", "--batch-size", "3")
     assert status == 0, err
+    assert sizes == [3]
     assert len(out.splitlines()) == 4
     assert "stopped after 4 images" in err
     assert len((tmp_path / "out" / "predictions.jsonl").read_text().splitlines()) == 4

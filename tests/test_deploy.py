@@ -4,12 +4,15 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import pytest
+from google.protobuf import text_format
 from PIL import Image
+from server_schemas import ENUMS, OVMS, OVMS_MODEL, against_schema, triton_config
 
 from uad_plugins.artifacts import write_json
 from uad_plugins.deployment.bundle import Bundle
@@ -40,14 +43,25 @@ class TestOvms(TargetConformance):
     plugin = "ovms"
     options: ClassVar = {"name": "line-3"}
 
+    def test_its_configuration_keeps_the_published_schema(self, packaged):
+        (entry,) = published(packaged)["model_config_list"]
+        assert entry["config"]["name"] == "line-3"
+
 
 class TestTriton(TargetConformance):
     plugin = "triton"
+
+    def test_its_configuration_keeps_the_published_schema(self, packaged):
+        assert published(packaged).backend == "onnxruntime"
 
 
 class TestTritonWithOpenVino(TargetConformance):
     plugin = "triton"
     options: ClassVar = {"backend": "openvino", "kind": "KIND_CPU", "count": 2}
+
+    def test_its_configuration_keeps_the_published_schema(self, packaged):
+        (group,) = published(packaged).instance_group
+        assert (group.kind, group.count) == (ENUMS["Kind"].index("KIND_CPU"), 2)
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +155,32 @@ def test_an_int8_model_keeps_its_thresholds_and_scores(int8, tmp_path, products)
     np.testing.assert_allclose([item.score for item in found], [item.score for item in wanted], rtol=1e-4)
 
 
+def test_the_card_of_an_int8_model_has_the_figures_that_it_brings(trained, products, tmp_path):
+    """Training, AUROC beside FP32, agreement; and the licence of the weights wherever its run is."""
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    quantize(QuantizationOrder(run, tmp_path / "int8", "openvino-int8", samples=8, data=str(products)))
+    manifest = deploy(Order(tmp_path / "int8", tmp_path / "a", "openvino-cpu", pictures=False))
+    text = (tmp_path / "a" / "README.md").read_text()
+    training = manifest.metrics["training"]
+    assert f"| training: best epoch | {training['best_epoch']} of 2 |" in text
+    assert f"| training: loss on held-out images | {training['best_val_loss']:.4g} |" in text
+    assert f"| washer: loss on held-out images | {training['val_loss_per_category']['washer']:.4g} |" in text
+    washer = manifest.metrics["quantization"]["auroc"]["washer"]["image_auroc"]
+    assert f"| washer: image auroc | {washer['quantized']:.4f} (FP32 {washer['fp32']:.4f}) |" in text
+    assert "| openvino model.xml against FP32 | maps differ by " in text
+    run.rename(tmp_path / "elsewhere")
+    again = deploy(Order(tmp_path / "int8", tmp_path / "b", "openvino-cpu", pictures=False))
+    assert again.weights == manifest.weights
+    assert again.weights["licence"].startswith("Apache-2.0")
+    content = json.loads((tmp_path / "int8" / "quantized.json").read_text())
+    del content["source"]["weights"]
+    write_json(tmp_path / "int8" / "quantized.json", content)
+    again = deploy(Order(tmp_path / "int8", tmp_path / "c", "openvino-cpu", pictures=False))
+    unknown = "unknown: the run that it was quantized from is not there, and its record names none"
+    assert again.weights == {"licence": unknown}
+    assert f"| backbone weights | licence {unknown} |" in (tmp_path / "c" / "README.md").read_text()
+
+
 def test_fp16_halves_the_file_and_stays_near(trained, bundle, tmp_path):
     half = deploy(Order(trained, tmp_path / "half", "openvino-cpu", precision="fp16", pictures=False))
     whole = Bundle.open(bundle).manifest
@@ -200,13 +240,59 @@ def test_a_bundle_that_says_something_else_is_not_written(trained, tmp_path, mon
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_breaks_a_targets_rules_is_not_written(trained, tmp_path, monkeypatch):
-    from uad_plugins.quantization import tensorrt_rules
+def test_deploying_for_a_jetson_says_for_which_versions_of_tensorrt_it_is_good(trained, tmp_path, monkeypatch):
+    from uad_plugins.quantization.tensorrt_versions import PARSERS
 
-    monkeypatch.setattr(tensorrt_rules, "OPERATORS", tensorrt_rules.OPERATORS - {"Conv"})
+    said = []
+    manifest = deploy(Order(trained, tmp_path / "a", "tensorrt-jetson", pictures=False), said.append)
+    assert "good for TensorRT 8.5, 8.6, 10.3, 10.15, 11" in said
+    assert manifest.details["tensorrt"] == {version: [] for version in PARSERS}
+    for version in ("8.5", "8.6"):
+        monkeypatch.setitem(PARSERS, version, replace(PARSERS[version], max_opset=16))
+    manifest = deploy(Order(trained, tmp_path / "b", "tensorrt-jetson", pictures=False), said.append)
+    assert said[-4:-1] == [
+        "good for TensorRT 10.3, 10.15, 11",
+        "not for TensorRT 8.5: opset 17 is newer than 16",
+        "not for TensorRT 8.6: opset 17 is newer than 16",
+    ]
+    assert manifest.details["tensorrt"]["8.5"] == ["opset 17 is newer than 16"]
+    assert not [case for cases in manifest.checks.values() for case in cases]
+    card = (tmp_path / "b" / "README.md").read_text()
+    assert "operators and opset are those of version 10.3, 10.15, 11" in card
+    assert "numbers are those of ONNX Runtime" not in card
+
+
+def test_what_breaks_a_targets_rules_is_not_written(trained, tmp_path, monkeypatch):
+    from uad_plugins.quantization.tensorrt_versions import PARSERS
+
+    for version, parser in PARSERS.items():
+        monkeypatch.setitem(PARSERS, version, replace(parser, operators=parser.operators - {"Conv"}))
     with pytest.raises(UadxError, match="does not keep the rules of tensorrt-jetson: operators: .*; and"):
         deploy(Order(trained, tmp_path / "b", "tensorrt-jetson"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_engine_is_built_into_the_bundle_and_the_equal_line_is_told(trained, tmp_path, monkeypatch):
+    """By the runner that was packaged, in a process of its own, with fakes of TensorRT and pycuda that record."""
+    tests, fakes = Path(__file__).parent, tmp_path / "fakes"
+    (fakes / "pycuda").mkdir(parents=True)
+    (fakes / "pycuda" / "__init__.py").touch()
+    (fakes / "a_device.py").write_text(
+        f"import sys\nsys.path.append({str(tests)!r})\nfrom pathlib import Path\nfrom jetson_device import Device\n"
+        "device = Device('10.3', Path('.'))\n"
+    )
+    (fakes / "tensorrt.py").write_text("import a_device, sys\nsys.modules[__name__] = a_device.device.trt\n")
+    (fakes / "pycuda" / "driver.py").write_text("import a_device, sys\nsys.modules[__name__] = a_device.device.cuda\n")
+    monkeypatch.syspath_prepend(str(fakes))
+    monkeypatch.setenv("PYTHONPATH", str(fakes))
+    said, out = [], tmp_path / "b"
+    deploy(Order(trained, out, "tensorrt-jetson", pictures=False, build_engine=True), said.append)
+    assert (out / "engine" / "model.engine").read_bytes() == b"engine"
+    sidecar = json.loads((out / "engine" / "model.engine.json").read_text())
+    assert said[-1] == f"the same with trtexec, in {out}: {sidecar['trtexec']}"
+    words = sidecar["trtexec"].split()
+    assert words[:3] == ["trtexec", "--onnx=model.onnx", "--saveEngine=engine/model.engine"]
+    Bundle.open(out)
 
 
 @pytest.mark.parametrize(
@@ -238,6 +324,53 @@ def test_what_is_no_source_is_refused(bundle, products, int8, tmp_path):
     (tmp_path / "b" / "mine.txt").touch()
     with pytest.raises(UadxError, match="exists and is not a bundle"):
         deploy(Order(int8, tmp_path / "b", "openvino-cpu", overwrite=True))
+
+
+def published(packaged):
+    """Hold the configuration that a target has written to what the server publishes; returns it."""
+    folder, result = packaged
+    for path in folder.rglob("config.json"):
+        config = json.loads(path.read_text())
+        assert against_schema(config, OVMS) == []
+        return config
+    (path,) = folder.rglob("config.pbtxt")
+    config = triton_config(path.read_text())
+    # Triton asks for these, though proto3 requires nothing: the name is the folder's, every tensor has a shape.
+    assert config.name == path.parent.name
+    assert [tensor.name for tensor in config.input] == [result.input_name]
+    assert [tensor.name for tensor in config.output] == list(result.outputs)
+    assert all(tensor.dims for tensor in [*config.input, *config.output])
+    assert (path.parent / "1" / ("model.xml" if config.backend == "openvino" else "model.onnx")).is_file()
+    return config
+
+
+def test_the_published_schemas_refuse_what_is_not_in_them():
+    """A check that takes everything would be none."""
+    good = {"model_config_list": [{"config": {"name": "a", "base_path": "a", "nireq": 2}}]}
+    assert against_schema(good, OVMS) == []
+    model = {"name": 1, "shap": "auto", "nireq": -1, "batch_size": 1.5, "plugin_config": {"a": []}}
+    assert len(against_schema({"model_config_list": [{"config": model}, {"conf": {}}], "x": 1}, OVMS)) == 9
+    for text in (
+        'nam: "a"',
+        "name: 3",
+        'max_batch_size: "a"',
+        "input { data_type: TYPE_FLOAT }",
+        "instance_group { kind: KIND_TPU }",
+        "input { dims: [ 1.5 ] }",
+    ):
+        with pytest.raises(text_format.ParseError):
+            triton_config(text)
+
+
+def test_the_rules_of_deploy_are_the_published_ones():
+    from uad_plugins.deployment.servers import OVMS_KEYS, TRITON_KINDS, TRITON_TYPES
+
+    assert set(OVMS_KEYS) <= set(OVMS_MODEL["properties"])
+    for key, kinds in OVMS_KEYS.items():
+        for kind in kinds if isinstance(kinds, tuple) else (kinds,):
+            assert against_schema({"name": "a", "base_path": "a", key: kind()}, OVMS_MODEL) == [], key
+    assert set(ENUMS["DataType"]) - {"TYPE_INVALID"} == TRITON_TYPES
+    assert set(ENUMS["Kind"]) == TRITON_KINDS
 
 
 def test_wrong_server_configurations_are_found():

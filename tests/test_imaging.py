@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from uad_plugins.deployment.jetson.uadx_jetson import imaging as on_device
 from uad_plugins.imaging import (
     ImageError,
     displayed_size,
@@ -18,6 +19,7 @@ from uad_plugins.imaging import (
     read_rgb,
     resize_mask,
     resize_rgb,
+    to_8_bit,
 )
 
 ORIENTATION = 0x0112
@@ -303,6 +305,37 @@ def test_resizing_takes_height_first_and_averages(noise):
 
 def test_resizing_to_the_same_size_changes_nothing(noise):
     np.testing.assert_array_equal(resize_rgb(Image.fromarray(noise), (12, 20)), noise)
+
+
+@pytest.mark.parametrize("shape", [(12, 20), (300, 420), (7, 500), (64, 64), (1, 1)])
+@pytest.mark.parametrize("size", [(64, 64), (30, 50), (5, 3), (512, 256)])
+def test_a_grey_image_gives_the_same_pixels_resized_before_it_becomes_rgb(tmp_path, shape, size):
+    grey = Image.fromarray(np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8))
+    grey.save(tmp_path / "grey.png")
+    wanted = resize_rgb(grey.convert("RGB"), size)
+    for source in (tmp_path / "grey.png", grey, np.asarray(grey)):
+        image = to_8_bit(source)
+        assert image.mode == "L"
+        np.testing.assert_array_equal(resize_rgb(image, size), wanted)
+    np.testing.assert_array_equal(resize_rgb(read_rgb(tmp_path / "grey.png"), size), wanted)
+
+
+@pytest.mark.parametrize("reader", [read_rgb, on_device.read_rgb])
+def test_a_file_that_goes_away_while_it_is_looked_at_is_an_error_of_its_own(tmp_path, monkeypatch, reader):
+    path = tmp_path / "gone.png"
+    path.write_text("no image")
+    opened = Image.open
+
+    def vanishing(*arguments, **options):
+        try:
+            return opened(*arguments, **options)
+        finally:
+            path.unlink()
+
+    monkeypatch.setattr(Image, "open", vanishing)
+    with pytest.raises((ImageError, on_device.ImageError)) as caught:
+        reader(str(path))
+    assert str(caught.value).removeprefix(f"{path}: ") == "is not there any more"
 
 
 def test_a_mask_is_resized_without_new_values():

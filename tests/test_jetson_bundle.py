@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -19,6 +20,7 @@ from uad_plugins.deployment.jetson.uadx_jetson import overlay as device_overlay
 from uad_plugins.deployment.jetson.uadx_jetson.bundle import read_bundle
 from uad_plugins.deployment.jetson.uadx_jetson.files import RunnerError, write_atomically
 from uad_plugins.deployment.jetson.uadx_jetson.onnx_nodes import node_names
+from uad_plugins.detector import decode
 from uad_plugins.evaluation import overlays
 from uad_plugins.evaluation.rows import picture_names
 
@@ -78,6 +80,15 @@ def test_a_bundle_with_something_wrong_is_refused(tmp_path, changes, message):
         read_bundle(folder)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("before", "after"), [('"value": 0.5', '"value": 9.5'), ('"seal": "', '"seal": "0'), ("{", "{ ")])
+def test_a_changed_manifest_is_refused(tmp_path, before, after):
+    path = write_bundle(tmp_path) / "bundle.json"
+    path.write_text(path.read_text().replace(before, after, 1))
+    with pytest.raises(RunnerError) as error:
+        read_bundle(tmp_path)
+    assert str(error.value) == f"{path}: is not what was bundled: its content has changed; copy the bundle again"
 
 
 def test_what_is_no_bundle_is_refused(tmp_path):
@@ -159,9 +170,10 @@ def test_every_image_is_read_and_resized_as_by_uadx(tmp_path):
         assert ours.mode == "RGB"
         np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs), err_msg=path.name)
         for size in ((16, 20), (64, 50), (33, 47)):
-            np.testing.assert_array_equal(
-                on_device.resize_rgb(ours, *size), imaging.resize_rgb(theirs, size), err_msg=f"{path.name} {size}"
-            )
+            wanted = imaging.resize_rgb(theirs, size)
+            np.testing.assert_array_equal(on_device.resize_rgb(ours, *size), wanted, err_msg=f"{path.name} {size}")
+            # Detectors resize grey images before they become RGB.
+            np.testing.assert_array_equal(decode(str(path), size).pixels, wanted, err_msg=f"{path.name} {size}")
 
 
 @pytest.mark.filterwarnings("ignore:Truncated File Read:UserWarning")
@@ -216,6 +228,22 @@ def test_heat_maps_are_those_of_uadx(threshold):
     anomaly_map = rng.random((12, 16)).astype(np.float32)
     theirs = overlays.overlay(image, anomaly_map, float("nan") if threshold is None else threshold)
     np.testing.assert_array_equal(np.asarray(device_overlay.overlay(image, anomaly_map, threshold)), np.asarray(theirs))
+
+
+@pytest.mark.parametrize("module", [overlays, device_overlay])
+def test_a_heat_map_takes_little_memory_and_strips_do_not_show(module, monkeypatch):
+    rng = np.random.default_rng(1)
+    image = Image.fromarray(rng.integers(0, 256, (1500, 1000, 3)).astype(np.uint8))
+    anomaly_map = rng.random((32, 32)).astype(np.float32)
+    tracemalloc.start()
+    try:
+        found = module.overlay(image, anomaly_map, 0.5)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < 20 * image.width * image.height
+    monkeypatch.setattr(module, "STRIP", 1 << 30)
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(module.overlay(image, anomaly_map, 0.5)))
 
 
 def test_heat_maps_are_named_as_by_uadx(tmp_path):

@@ -250,13 +250,12 @@ def test_dla_without_half_precision_is_refused(tmp_path):
 
 def test_the_equal_trtexec_line(device):
     done = device.run("build", "--workspace", "512")
-    folder = device.bundle / "engine"
-    words = done.err.partition("trtexec: ")[2].split()
+    words = done.err.partition(f"the same with trtexec, in {device.bundle}: ")[2].split()
     expected = [
         "trtexec",
-        f"--onnx={device.bundle / 'model.onnx'}",
-        f"--saveEngine={folder / 'model.engine'}",
-        f"--timingCacheFile={folder / f'timing-{device.trt.__version__}.cache'}",
+        "--onnx=model.onnx",
+        "--saveEngine=engine/model.engine",
+        f"--timingCacheFile=engine/timing-{device.trt.__version__}.cache",
         "--memPoolSize=workspace:512",
     ]
     if device.version != "11.4":
@@ -264,6 +263,8 @@ def test_the_equal_trtexec_line(device):
         expected += ["--int8", "--fp16", "--precisionConstraints=obey"]
         expected += [f"--layerPrecisions={listed}", f"--layerOutputTypes={listed}"]
     assert words == [*expected, "--skipInference"]
+    sidecar = json.loads((device.bundle / "engine" / "model.engine.json").read_text())
+    assert sidecar["trtexec"].split() == words
 
 
 def test_before_8_6_trtexec_calls_it_build_only(tmp_path):
@@ -286,6 +287,8 @@ def test_errors_of_the_parser_name_the_nodes(tmp_path):
             "node /b/Nms (Nms): In node 1: UNSUPPORTED_NODE; node number 7: INVALID_GRAPH"
         )
         assert not (device.bundle / "engine").exists()
+    line = json.loads((tmp_path / "elsewhere" / "model.engine.json").read_text())["trtexec"]
+    assert f"--saveEngine={tmp_path.resolve() / 'elsewhere' / 'model.engine'}" in line.split()
 
 
 @pytest.mark.parametrize(

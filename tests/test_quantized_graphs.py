@@ -1,6 +1,7 @@
 """The rules of each profile on exported graphs of every method, and that a broken graph is caught by the rule it breaks."""
 
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import onnx
@@ -21,6 +22,7 @@ from uad_plugins.quantization.onnx_graph import (
     with_int8_weights,
 )
 from uad_plugins.quantization.scope import TorchGraph
+from uad_plugins.quantization.tensorrt_versions import PARSERS
 from uad_plugins.quantization.torch_quantization import hooks, student_scales
 
 PROFILES = {"tensorrt": tuple(tensorrt_rules.RULES), "openvino": tensorrt_rules.OPENVINO}
@@ -326,10 +328,34 @@ def test_every_rule_has_a_graph_that_breaks_it():
     assert {rule for _, rule in mark.args[1]} == set(tensorrt_rules.RULES)
 
 
-def test_the_newest_opset_can_be_chosen():
+def test_the_version_of_tensorrt_can_be_chosen():
     model = copy_of()
     model.opset_import[0].version = 19
-    assert tensorrt_rules.check(model, ["opset"], max_opset=19) == {"opset": []}
+    assert tensorrt_rules.check(model, ["opset"], version="10.3") == {"opset": []}
+    assert tensorrt_rules.check(model, ["opset"]) == {"opset": ["opset 19 is newer than 17"]}
+
+
+def test_a_graph_may_be_good_for_some_versions_of_tensorrt_alone():
+    assert not any(tensorrt_rules.by_version(copy_of()).values())
+    model = copy_of()
+    relu = first(model, "Relu")
+    relu.op_type = "Mish"
+    mish = [f"{relu.name or relu.output[0]}: ai.onnx::Mish"]
+    assert tensorrt_rules.by_version(model) == {"8.5": mish, "8.6": mish, "10.3": mish, "10.15": [], "11": []}
+    relu.op_type = "LayerNormalization"
+    assert [version for version, wrong in tensorrt_rules.by_version(model).items() if wrong] == ["8.5"]
+    model = copy_of()
+    model.opset_import[0].version = 20
+    assert [version for version, wrong in tensorrt_rules.by_version(model).items() if not wrong] == ["10.3", "10.15", "11"]
+    foreign_operator(model)
+    assert all(tensorrt_rules.by_version(model).values())
+
+
+def test_newer_parsers_take_what_older_ones_took():
+    parsers = list(PARSERS.values())
+    for older, newer in pairwise(parsers):
+        assert older.operators <= newer.operators
+        assert older.max_opset <= newer.max_opset
 
 
 def test_openvino_rules_find_a_quantized_head_and_float_weights(tmp_path):

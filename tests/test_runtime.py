@@ -2,10 +2,13 @@
 
 import gc
 import itertools
+import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 import warnings
 from pathlib import Path
 
@@ -129,6 +132,49 @@ def test_a_category_has_its_own_threshold(bundle):
             next(detector.stream([grey], category="washr"))
 
 
+@pytest.mark.parametrize(("station", "engine"), [("bundle", "openvino"), ("onnx_bundle", "onnxruntime")])
+def test_a_score_that_is_no_number_is_an_error_in_predict_and_in_a_stream(request, station, engine, monkeypatch):
+    from uad_plugins.runtime.onnxruntime_detector import OnnxRuntimeDetector
+    from uad_plugins.runtime.openvino_detector import _Request
+
+    folder, nothing = request.getfixturevalue(station), (float("nan"), np.zeros((64, 64), np.float32))
+    monkeypatch.setattr(_Request, "result", lambda self: nothing)
+    monkeypatch.setattr(OnnxRuntimeDetector, "run", lambda self, image: nothing)
+    grey = np.full((64, 64, 3), 128, np.uint8)
+    with Detector(folder, engine) as detector:
+        for result in (detector.predict(grey), *detector.stream([grey])):
+            assert (result.verdict, result.error) == ("error", "the model's score is not a finite number")
+            assert result.map is None
+
+
+def test_without_a_threshold_there_is_no_verdict(bundle, products, tmp_path, capsys):
+    """One behaviour at every station, and JSON that others can read."""
+    from uadx.app import main
+
+    folder = Path(shutil.copytree(bundle, tmp_path / "bare"))
+    manifest = Bundle.open(folder).manifest
+    unset = manifest.thresholds.model_copy(
+        update={"pooled": manifest.thresholds.pooled.model_copy(update={"value": None}), "categories": {}}
+    )
+    seal(folder, manifest.model_copy(update={"thresholds": unset}))
+    image = str(sorted((products / "washer" / "test" / "good").iterdir())[0])
+    with Detector(folder) as detector:
+        for result in (detector.predict(image, category="washer"), *detector.stream([image])):
+            assert (result.verdict, result.threshold, result.error) == ("no threshold", None, "")
+
+    def run(*words):
+        with pytest.raises(SystemExit) as stopped:
+            main([*map(str, words)])
+        assert not stopped.value.code
+        return capsys.readouterr().out
+
+    (row,) = json.loads(run("predict", folder, image, "--json"))["predictions"]
+    assert (row["verdict"], row["threshold"]) == ("no threshold", None)
+    assert run("predict", folder, image).startswith("no threshold ")
+    report = json.loads(run("evaluate", folder, products, "--out", tmp_path / "out", "--json"))
+    assert report["decisions"]["washer"] == {"threshold": None, "false_positive_rate": None, "true_positive_rate": None}
+
+
 @pytest.mark.parametrize(
     "wrong", [np.zeros((8, 8, 3)), np.zeros((8, 8, 4), np.uint8), np.zeros((0, 8, 3), np.uint8), 7, None]
 )
@@ -186,15 +232,19 @@ def test_a_hung_queue_is_noticed_and_every_image_still_scored(bundle, photos, ex
 
     monkeypatch.setattr(_Request, "wait", hangs)
     monkeypatch.setattr(OpenVinoDetector, "patience", 0.5)
-    with open_detector(bundle) as detector, pytest.warns(RuntimeWarning, match="no result within 0.5 s") as warned:
-        found = list(detector.stream(good(photos)))
-    assert len(warned) == 1
-    assert [seconds for seconds in waited if seconds] == [0.5]
-    np.testing.assert_allclose([item.score for item in found], [item.score for item in expected], rtol=1e-3)
+    with open_detector(bundle) as detector:
+        with pytest.warns(RuntimeWarning, match="no result within 0.5 s") as warned:
+            found = list(detector.stream(good(photos)))
+        assert len(warned) == 1
+        waits = len(waited)
+        again = list(detector.stream(good(photos)))
+    assert len(waited) == waits, "a queue that hung is not waited for again"
+    for scored in (found, again):
+        np.testing.assert_allclose([item.score for item in scored], [item.score for item in expected], rtol=1e-3)
 
 
 def test_a_queue_that_hangs_in_the_middle_loses_and_doubles_nothing(bundle, photos, expected, monkeypatch):
-    from uad_plugins.runtime.openvino_detector import _Request
+    from uad_plugins.runtime.openvino_detector import OpenVinoDetector, _Request
 
     original, calls = _Request.wait, itertools.count()
 
@@ -202,11 +252,85 @@ def test_a_queue_that_hangs_in_the_middle_loses_and_doubles_nothing(bundle, phot
         return False if next(calls) > 8 else original(self, 60.0)
 
     monkeypatch.setattr(_Request, "wait", hangs_later)
+    monkeypatch.setattr(OpenVinoDetector, "patience", 0.5)
     with open_detector(bundle) as detector, pytest.warns(RuntimeWarning, match="one image at a time"):
         found = list(detector.stream(photos))
     assert [item.path for item in found] == photos
     scores = [item.score for item in found if not item.error]
     np.testing.assert_allclose(scores, [item.score for item in expected], rtol=1e-3)
+
+
+def test_a_finished_request_takes_the_next_image_while_the_oldest_is_under_way(bundle, photos, expected, monkeypatch):
+    from uad_plugins.runtime.openvino_detector import _Request
+
+    started, wait, start = [], _Request.wait, _Request.start
+    requests = set()
+
+    def noting(self, image):
+        requests.add(self)
+        started.append(self)
+        start(self, image)
+
+    def slow_first(self, seconds):
+        # The first image lands when some request has taken its second one.
+        if self is started[0] and len(started) == len(requests) and seconds < 10:
+            time.sleep(seconds)
+            return False
+        return wait(self, 10.0 if seconds else 0)
+
+    monkeypatch.setattr(_Request, "start", noting)
+    monkeypatch.setattr(_Request, "wait", slow_first)
+    paths = good(photos) * 3
+    with open_detector(bundle) as detector:
+        monkeypatch.setattr(type(detector), "patience", 5.0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", RuntimeWarning)
+            found = list(detector.stream(paths))
+    assert [item.path for item in found] == paths
+    np.testing.assert_allclose([item.score for item in found], [item.score for item in expected] * 3, rtol=1e-3)
+
+
+def test_results_that_wait_for_an_older_one_are_bounded(bundle, photos, monkeypatch):
+    from uad_plugins.runtime import openvino_detector
+
+    most, add = [], openvino_detector._Queue.add
+
+    def noting(self, flight):
+        add(self, flight)
+        most.append(len(self.flying) / len(self.requests))
+
+    monkeypatch.setattr(openvino_detector._Queue, "add", noting)
+    with open_detector(bundle) as detector:
+        bad = [path for path in photos if Path(path).name in {"broken.png", "text.png"}]
+        list(detector.stream((good(photos)[:1] + bad * 20) * 3, batch_size=64))
+    assert max(most) <= 2
+
+
+def test_a_single_image_is_scored_in_latency_mode_and_several_share_requests(bundle, photos, monkeypatch):
+    from uad_plugins.runtime.openvino_detector import LATENCY, THROUGHPUT, OpenVinoDetector, _Request
+
+    hints, made, compile_model, new = [], [], OpenVinoDetector.compile, _Request.__init__
+
+    def noting(self, hint):
+        hints.append(hint)
+        return compile_model(self, hint)
+
+    def making(self, *arguments):
+        made.append(self)
+        new(self, *arguments)
+
+    monkeypatch.setattr(OpenVinoDetector, "compile", noting)
+    monkeypatch.setattr(_Request, "__init__", making)
+    threads = lambda: {thread.name for thread in threading.enumerate() if thread.name.startswith("uadx-decoder")}  # noqa: E731
+    before = threads()
+    with open_detector(bundle) as detector:
+        (one,) = detector.stream(good(photos)[:1])
+        assert (hints, len(made), threads()) == ([LATENCY], 1, before)
+        several = list(detector.stream(good(photos)[:3]))
+        count = len(made)
+        list(detector.stream(good(photos)[:3]))
+        assert (hints, len(made)) == ([LATENCY, THROUGHPUT], count)
+    assert one.score == pytest.approx(several[0].score, rel=1e-4)
 
 
 def test_what_openvino_compiled_is_kept_in_the_cache_alone(bundle, photos, tmp_path, monkeypatch):
@@ -372,6 +496,66 @@ def test_tensorrt_runs_a_bundle_for_jetson(bundle, tmp_path, monkeypatch, versio
     assert (folder / "engine" / "model.engine").exists()
     Bundle.open(folder)
     sys.modules.pop("uad_plugins.runtime.tensorrt_detector", None)
+
+
+@pytest.fixture
+def jetson(onnx_bundle, tmp_path, monkeypatch):
+    """A bundle for Jetson that OpenVINO can run too, and a device with TensorRT that has not seen it yet."""
+    from jetson_device import Device
+
+    folder = Path(shutil.copytree(onnx_bundle, tmp_path / "jetson"))
+    manifest = Bundle.open(folder).manifest
+    seal(folder, manifest.model_copy(update={"target": "tensorrt-jetson"}))
+    names = manifest.outputs
+    shapes = {manifest.input.name: (1, 3, 64, 64), names.score: (1,), names.map: (1, 64, 64)}
+    device = Device("10.3", folder, tensors=shapes)
+    monkeypatch.delitem(sys.modules, "uad_plugins.runtime.tensorrt_detector", raising=False)
+    with device.installed():
+        yield device
+    sys.modules.pop("uad_plugins.runtime.tensorrt_detector", None)
+
+
+def test_without_a_gpu_the_next_engine_is_taken_unless_tensorrt_was_asked_for(jetson, photos):
+    jetson.cuda.fails = True
+    reason = f"{jetson.bundle}: CUDA: cuInit failed: no CUDA-capable device is detected"
+    with pytest.warns(RuntimeWarning) as warned, open_detector(jetson.bundle) as detector:
+        assert detector.engine == "openvino"
+    assert [str(warning.message) for warning in warned] == [f"{reason}; going on with openvino"]
+    with pytest.raises(UadxError) as caught:
+        open_detector(jetson.bundle, "tensorrt")
+    assert caught.value.message == reason
+
+
+@pytest.mark.filterwarnings("ignore:building the engine:UserWarning")
+@pytest.mark.filterwarnings("ignore:engine:UserWarning")
+@pytest.mark.filterwarnings("ignore:the same with trtexec:UserWarning")
+def test_errors_of_cuda_are_told_and_no_context_is_left(jetson, monkeypatch):
+    def failing(*_):
+        raise jetson.cuda.Error("out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(jetson.cuda, "mem_alloc", failing)
+        with pytest.raises(UadxError, match="CUDA: out of memory"):
+            open_detector(jetson.bundle, "tensorrt")
+    assert (jetson.cuda.contexts, jetson.cuda.memory) == (0, {})
+    detector = open_detector(jetson.bundle, "tensorrt")
+    with monkeypatch.context() as patched:
+        patched.setattr(jetson.cuda, "memcpy_htod_async", failing)
+        with pytest.raises(UadxError, match="CUDA: out of memory"):
+            detector.infer(np.zeros((1, 64, 64, 3), np.uint8))
+    detector.close()
+    assert (jetson.cuda.contexts, jetson.cuda.memory) == (0, {})
+
+
+def test_an_error_of_the_system_says_what_it_is(bundle, monkeypatch):
+    def refusing(self):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "read_bytes", refusing)
+    with pytest.raises(UadxError) as caught:
+        open_detector(bundle)
+    assert "Permission denied" in caught.value.message
+    assert str(bundle / "bundle.json") in caught.value.message
 
 
 @pytest.mark.slow

@@ -183,6 +183,125 @@ def test_images_that_vanish_and_a_share_that_goes_away_are_survived(bundle, tmp_
     assert [Path(row["path"]).name for row in running.rows] == ["a.png", "b.png", "c.png"]
 
 
+def test_an_empty_mount_point_is_no_news(bundle, tmp_path):
+    """A share that is not mounted leaves an empty folder: what was scored before comes back with it."""
+    folder, away = tmp_path / "in", tmp_path / "away"
+    picture(folder / "a.png")
+    with Running(bundle, folder, tmp_path / "out") as running:
+        until(lambda: len(running.rows) == 1)
+        (folder / "a.png").rename(away)
+        time.sleep(0.3)
+        away.rename(folder / "a.png")
+        time.sleep(0.3)
+        picture(folder / "b.png", 1)
+        until(lambda: len(running.rows) >= 2)
+    assert [Path(row["path"]).name for row in running.rows] == ["a.png", "b.png"]
+
+
+def test_what_is_gone_for_long_is_forgotten(bundle, tmp_path):
+    folder = tmp_path / "in"
+    for number in range(2):
+        picture(folder / f"{number}.png", number)
+    with Running(bundle, folder, tmp_path / "out", memory=0.2) as running:
+        until(lambda: len(running.rows) == 2)
+        kept = (folder / "0.png").rename(tmp_path / "kept.png")
+        time.sleep(0.8)
+        kept.rename(folder / "0.png")
+        until(lambda: len(running.rows) == 3)
+    assert Path(running.rows[2]["path"]).name == "0.png"
+
+
+def test_a_folder_that_cannot_be_read_hides_no_other(bundle, tmp_path, monkeypatch):
+    folder, listed = tmp_path / "in", os.scandir
+    picture(folder / "closed" / "a.png")
+    picture(folder / "open" / "b.png")
+
+    def refusing(place):
+        if Path(place).name == "closed":
+            raise PermissionError(13, "Permission denied")
+        return listed(place)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with Running(bundle, folder, tmp_path / "out") as running:
+        until(lambda: running.rows)
+        time.sleep(0.3)
+    assert Path(running.rows[0]["path"]).name == "b.png"
+    assert running.said == [f"{folder.resolve() / 'closed'}: left out, it cannot be read (Permission denied)"]
+
+
+def test_its_own_maps_are_not_scored_whatever_leads_to_them(bundle, tmp_path):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    picture(folder / "a.png")
+    (folder / "link").symlink_to(out)
+    (folder / "loop").symlink_to(folder)
+    with Running(bundle, folder, out) as running:
+        until(lambda: running.rows)
+        time.sleep(0.5)
+    assert len(running.rows) == 1
+    assert len(list((out / "maps").rglob("*.png"))) == 1
+
+
+def test_another_spelling_of_the_folder_scores_nothing_again(bundle, tmp_path, monkeypatch):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    picture(folder / "a.png")
+    (tmp_path / "link").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    spellings = [folder, Path("in"), folder / ".." / "in", tmp_path / "link"]
+    for number, spelling in enumerate(spellings):
+        with Running(bundle, spelling, out) as running:
+            picture(folder / f"{number}.png", number)
+            until(lambda: running.rows)
+            time.sleep(0.2)
+    assert sorted(Path(row["path"]).name for row in rows_of(out)) == ["0.png", "1.png", "2.png", "3.png", "a.png"]
+
+
+def test_a_name_too_long_for_its_map_holds_nothing_up(bundle, tmp_path):
+    folder = tmp_path / "in"
+    picture(folder / f"{'n' * 249}.png")
+    picture(folder / f"{'m' * 236}.png")
+    picture(folder / "a.png", 1)
+    with Running(bundle, folder, tmp_path / "out") as running:
+        until(lambda: len(running.rows) == 3)
+    errors = {Path(row["path"]).name[0]: row["error"] for row in running.rows}
+    assert errors == {"a": None, "m": None, "n": "its heat map cannot be written: File name too long"}
+    (row,) = [row for row in running.rows if row["error"]]
+    assert (row["verdict"], row["map"]) == ("error", None)
+    assert row["score"] > 0
+
+
+def test_the_two_looks_are_an_interval_apart_for_each_image(bundle, tmp_path):
+    """One that appears while others are scored must not be taken for whole at the look right after them."""
+
+    class Arriving(threading.Event):
+        at = None
+
+        def wait(self, timeout=None):
+            if self.at is None:
+                super().wait(timeout / 2)
+                picture(tmp_path / "in" / "late.png", 1)
+                Arriving.at = time.monotonic()
+            return super().wait(timeout / 2)
+
+    picture(tmp_path / "in" / "first.png")
+    stop = Arriving()
+    with open_detector(bundle) as detector:
+        for row in Watch(tmp_path / "in", tmp_path / "out", stop=stop, interval=1.0).run(detector):
+            if Path(row["path"]).name == "late.png":
+                waited = time.monotonic() - stop.at
+                stop.set()
+    assert waited >= 1.0
+
+
+def test_the_batch_size_reaches_the_detector(bundle, tmp_path):
+    picture(tmp_path / "in" / "a.png")
+    with open_detector(bundle) as detector:
+        sizes, stream = [], detector.stream
+        detector.stream = lambda paths, **settings: sizes.append(settings["batch_size"]) or stream(paths, **settings)
+        watch = Watch(tmp_path / "in", tmp_path / "out", interval=0.05, batch_size=3)
+        next(watch.run(detector))
+    assert sizes == [3]
+
+
 def test_names_that_differ_in_their_ending_have_maps_of_their_own(bundle, tmp_path):
     for name in ("a.png", "a.jpg", "b/a.png"):
         picture(tmp_path / "in" / name)
@@ -204,9 +323,18 @@ def test_two_watchers_of_one_result_are_refused(bundle, tmp_path):
 def test_what_cannot_be_watched_is_refused(bundle, tmp_path):
     picture(tmp_path / "in" / "a.png")
     with open_detector(bundle) as detector:
-        for out in (tmp_path / "in", tmp_path / "in" / "results"):
-            with pytest.raises(UsageError, match="lies in the folder that is watched"):
-                next(Watch(tmp_path / "in", out).run(detector))
+        (tmp_path / "link").symlink_to(tmp_path / "in")
+        (tmp_path / "results").mkdir()
+        (tmp_path / "results" / "maps").symlink_to(tmp_path / "in")
+        roundabout = tmp_path / "in" / "sub" / ".."
+        for out in ("in", "in/results", "link", "link/results", "in/../in/results", "results"):
+            for folder in (tmp_path / "in", tmp_path / "link", roundabout):
+                (tmp_path / "in" / "sub").mkdir(exist_ok=True)
+                with pytest.raises(UsageError, match="lies in the folder that is watched"):
+                    next(Watch(folder, tmp_path / out).run(detector))
+        picture(tmp_path / "out" / "maps" / "new" / "a.png")
+        with pytest.raises(UsageError, match="lies in the folder of the heat maps"):
+            next(Watch(tmp_path / "out" / "maps" / "new", tmp_path / "out").run(detector))
         with pytest.raises(UadxError, match="no such folder"):
             next(Watch(tmp_path / "nowhere", tmp_path / "out").run(detector))
         with pytest.raises(UsageError, match="unknown category"):

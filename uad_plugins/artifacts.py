@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -37,7 +38,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     The content reaches the disk before the name does: after a power cut there is the old file or the new one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    # Cut off: with what is added here a long name would become too long for the file system.
+    handle, name = tempfile.mkstemp(prefix=f".{path.name[:32]}.", suffix=".part", dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -84,6 +86,9 @@ def cache_folder(name: str) -> Path:
     """Return the folder for files that can be made again: below ``UADX_CACHE``, or the user's cache folder."""
     base = os.environ.get("UADX_CACHE")
     root = Path(base).expanduser() if base else Path(platformdirs.user_cache_dir("uadx", appauthor=False))
+    if not base and not root.is_absolute():
+        # Without a home folder a path that begins with "~" is left: it would land in the working directory.
+        raise FileNotFoundError(errno.ENOENT, "no home folder for the cache", str(root))
     folder = root / name
     folder.mkdir(parents=True, exist_ok=True)
     return folder

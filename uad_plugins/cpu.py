@@ -1,12 +1,18 @@
-"""What the processor offers to INT8 arithmetic."""
+"""What the processor offers: cores, and instructions for INT8 arithmetic."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 FLAGS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm")
 ACCUMULATING = frozenset({"avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm"})
 """Instructions that add products of 8-bit numbers in 32 bits; older ones saturate at 16."""
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_flags() -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,10 +15,17 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
-from uad_plugins.errors import UadxError
+from uad_plugins.cpu import cores
+from uad_plugins.errors import EngineError, UadxError, reason_of
 from uad_plugins.evaluation.thresholds import Thresholds
-from uad_plugins.imaging import ImageError, RgbImage, resize_rgb, to_rgb
+from uad_plugins.imaging import ImageError, RgbImage, resize_rgb, to_8_bit
 from uad_plugins.registry import registry
+
+BATCH_SIZE = 16
+"""Images scored together, or decoded ahead."""
+
+READERS = min(4, cores())
+"""Threads that decode: more than there are cores would only take turns with inference."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +97,21 @@ class Detector(ABC):
         del categories
         return self.infer(images)
 
-    def close(self) -> None:  # noqa: B027
+    def close(self) -> None:
         """Give resources back; the detector cannot be used afterwards."""
+        for pool in self._pools().values():
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _pools(self) -> dict[int, ThreadPoolExecutor]:
+        pools: dict[int, ThreadPoolExecutor] = self.__dict__.setdefault("_decoding", {})
+        return pools
+
+    def decoders(self, readers: int) -> ThreadPoolExecutor:
+        """Return that many decoding threads; they are kept, so that a short stream need not start any."""
+        pools = self._pools()
+        if readers not in pools:
+            pools[readers] = ThreadPoolExecutor(max_workers=readers, thread_name_prefix="uadx-decoder")
+        return pools[readers]
 
     def __enter__(self) -> Detector:
         return self
@@ -103,8 +124,8 @@ class Detector(ABC):
         paths: Iterable[str],
         *,
         categories: Iterable[str | None] | None = None,
-        batch_size: int = 16,
-        readers: int = 4,
+        batch_size: int = BATCH_SIZE,
+        readers: int = READERS,
     ) -> Iterator[Prediction]:
         """Score images in the order given; the next are decoded while the current ones are scored.
 
@@ -118,17 +139,22 @@ class Detector(ABC):
             readers: Decoding threads.
         """
         remaining = zip(paths, categories if categories is not None else repeat(None), strict=False)
-        with ThreadPoolExecutor(max_workers=readers) as pool:
+        pool = self.decoders(readers)
 
-            def submit(path: str, category: str | None) -> tuple[str, str | None, Future[Decoded]]:
-                return path, category, pool.submit(decode, path, self.image_size)
+        def submit(path: str, category: str | None) -> tuple[str, str | None, Future[Decoded]]:
+            return path, category, pool.submit(decode, path, self.image_size)
 
-            waiting = [submit(*item) for item in islice(remaining, 2 * batch_size)]
+        waiting: list[tuple[str, str | None, Future[Decoded]]] = []
+        try:
+            waiting += [submit(*item) for item in islice(remaining, 2 * batch_size)]
             while waiting:
                 batch, waiting = waiting[:batch_size], waiting[batch_size:]
                 decoded = [(path, category, future.result()) for path, category, future in batch]
                 waiting += [submit(*item) for item in islice(remaining, batch_size)]
                 yield from self._score(decoded)
+        finally:
+            for _, _, future in waiting:
+                future.cancel()
 
     def _score(self, decoded: Sequence[tuple[str, str | None, Decoded]]) -> Iterator[Prediction]:
         good = [item.pixels for _, _, item in decoded if item.pixels is not None]
@@ -166,11 +192,11 @@ def decode(path: str, size: tuple[int, int]) -> Decoded:
     """Decode and resize an image; one that cannot be read is an answer too.
 
     Args:
-        path: Image file, or whatever else ``imaging.to_rgb`` takes.
+        path: Image file, or whatever else ``imaging.to_8_bit`` takes.
         size: ``(height, width)`` to resize to.
     """
     try:
-        image = to_rgb(path)
+        image = to_8_bit(path)
         return Decoded(resize_rgb(image, size), (image.height, image.width))
     except ImageError as error:
         return Decoded(None, error=error.message.removeprefix(f"{path}: "))
@@ -184,7 +210,7 @@ def open_detector(folder: str | Path, engine: str | None = None) -> Detector:
         engine: Name of a runtime plugin; None takes the first that knows this kind of folder.
 
     Raises:
-        UadxError: There is no such folder, or no engine takes it.
+        UadxError: There is no such folder, no engine takes it, or the only one that does cannot be used here.
         UsageError: Unknown engine.
     """
     folder = Path(folder).expanduser()
@@ -193,9 +219,13 @@ def open_detector(folder: str | Path, engine: str | None = None) -> Detector:
     runtimes = [registry().get("runtime", engine)] if engine else registry().items("runtime")
     answers: list[str] = []
     missing: list[str] = []
+    failed: list[UadxError] = []
     for runtime in sorted(runtimes, key=lambda item: -item.priority):
         try:
             detector: Detector | None = runtime.open(folder)
+        except EngineError as error:
+            failed.append(error)
+            continue
         except UadxError:
             raise
         except ModuleNotFoundError as error:
@@ -204,11 +234,16 @@ def open_detector(folder: str | Path, engine: str | None = None) -> Detector:
             continue
         except Exception as error:
             # An engine may be foreign code: the others must still be asked.
-            answers.append(f"{runtime.name}: {type(error).__name__}: {error}")
+            failed.append(UadxError(f"{folder}: {runtime.name}: {type(error).__name__}: {reason_of(error)}"))
             continue
         if detector is not None:
+            for failure in failed:
+                warnings.warn(f"{failure.message}; going on with {detector.engine}", RuntimeWarning, stacklevel=2)
             return detector
         answers.append(runtime.name)
+    if failed:
+        installs = " or ".join(dict.fromkeys(missing))
+        raise type(failed[0])(failed[0].message, installs or failed[0].hint)
     if missing:
         which = f"the engine '{engine}'" if engine else "an engine for it"
         raise UadxError(f"{folder}: {which} is not installed", " or ".join(dict.fromkeys(missing)))

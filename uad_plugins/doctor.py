@@ -5,13 +5,12 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
-import os
 import platform
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from uad_plugins.cpu import cpu_flags
+from uad_plugins.cpu import cores, cpu_flags
 from uad_plugins.errors import reason_of
 from uad_plugins.hookspecs import Requirement
 from uad_plugins.registry import registry
@@ -136,7 +135,7 @@ def machine() -> dict[str, Any]:
     facts: dict[str, Any] = {
         "system": platform.platform(),
         "python": platform.python_version(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "processor": platform.processor() or platform.machine(),
     }
     optional: list[tuple[str, Callable[[], Any]]] = [("cpu_flags", cpu_flags), ("gpus", _gpus)]

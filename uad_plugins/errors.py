@@ -25,6 +25,10 @@ class UadxError(Exception):
         return f"{self.message} ({self.hint})" if self.hint else self.message
 
 
+class EngineError(UadxError):
+    """An engine that is installed and cannot be used on this machine: another may do."""
+
+
 class UsageError(UadxError):
     """The command, a flag or a configuration key was used wrongly (exit status 2)."""
 

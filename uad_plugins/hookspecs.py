@@ -230,6 +230,7 @@ class PackagingResult:
         checks: What the target's rules found wrong, by rule: an empty list for a rule that is kept. Anything found fails the
             deployment.
         details: What else is to be remembered, as plain data.
+        notes: Lines that are shown to whoever deploys it.
     """
 
     input_name: str
@@ -240,6 +241,7 @@ class PackagingResult:
     usage: str = ""
     checks: dict[str, list[str]] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

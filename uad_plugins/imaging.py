@@ -71,16 +71,22 @@ def read_rgb(path: str | os.PathLike[str]) -> Image.Image:
     Raises:
         ImageError: The file cannot be opened (see ``open_image``), is truncated, or has 32-bit floating-point pixels.
     """
+    return _read(path).convert("RGB")
+
+
+def _read(path: str | os.PathLike[str]) -> Image.Image:
     with open_image(path) as image:
         try:
             ImageOps.exif_transpose(image, in_place=True)
-            return _to_rgb(image, path)
+            return _to_8_bit(image, path)
         except _DAMAGE as error:
             raise ImageError(f"{path}: {_reason(path, error)}") from error
 
 
-def to_rgb(source: str | os.PathLike[str] | Image.Image | NDArray[np.uint8]) -> Image.Image:
-    """Return an image as 8-bit RGB, upright: what ``read_rgb`` makes of a file, from whatever holds the image.
+def to_8_bit(source: str | os.PathLike[str] | Image.Image | NDArray[np.uint8]) -> Image.Image:
+    """Return an image as 8-bit RGB or grey, upright: what ``read_rgb`` makes of a file, from whatever holds the image.
+
+    Grey stays grey: ``resize_rgb`` makes the same pixels of it, and has a third to do.
 
     Args:
         source: Image file, Pillow image of any mode, or uint8 array ``(H, W, 3)`` in RGB order or ``(H, W)`` in grey.
@@ -89,16 +95,16 @@ def to_rgb(source: str | os.PathLike[str] | Image.Image | NDArray[np.uint8]) -> 
         ImageError: It is something else, has no pixels or too many, or cannot be decoded.
     """
     if isinstance(source, (str, os.PathLike)):
-        return read_rgb(source)
+        return _read(source)
     if isinstance(source, Image.Image):
         try:
-            return _to_rgb(ImageOps.exif_transpose(source), "image")
+            return _to_8_bit(ImageOps.exif_transpose(source), "image")
         except _DAMAGE as error:
             raise ImageError(f"image: cannot be decoded: {error}") from error
     if not isinstance(source, np.ndarray) or source.dtype != np.uint8 or not _is_picture(source.shape):
         found = f"{source.dtype} array {source.shape}" if isinstance(source, np.ndarray) else type(source).__name__
         raise ImageError(f"image: {found} is neither a path, a Pillow image nor a uint8 array (H, W, 3) or (H, W)")
-    return Image.fromarray(np.ascontiguousarray(source)).convert("RGB")
+    return Image.fromarray(np.ascontiguousarray(source))
 
 
 def _is_picture(shape: tuple[int, ...]) -> bool:
@@ -132,7 +138,7 @@ def resize_rgb(image: Image.Image, size: tuple[int, int]) -> RgbImage:
     """Resize to the network's input: bilinear with antialiasing, aspect ratio not kept.
 
     Args:
-        image: RGB image.
+        image: RGB or 8-bit grey image.
         size: Target ``(height, width)`` in pixels.
 
     Returns:
@@ -141,7 +147,7 @@ def resize_rgb(image: Image.Image, size: tuple[int, int]) -> RgbImage:
     height, width = size
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BILINEAR)
-    return np.asarray(image)
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def resize_mask(mask: NDArray[np.bool_], size: tuple[int, int]) -> NDArray[np.bool_]:
@@ -172,17 +178,17 @@ def displayed_size(path: str | os.PathLike[str]) -> tuple[int, int]:
         return height, width
 
 
-def _to_rgb(image: Image.Image, path: str | os.PathLike[str]) -> Image.Image:
+def _to_8_bit(image: Image.Image, path: str | os.PathLike[str]) -> Image.Image:
     mode = image.mode
     if mode == "F":
         raise ImageError(f"{path}: 32-bit floating-point pixels have no known range; save it with 8 or 16 bits")
     if mode.startswith("I"):
         grey = np.asarray(image).astype(np.int64)
-        return Image.fromarray((np.clip(grey, 0, 65535) // 257).astype(np.uint8)).convert("RGB")
+        return Image.fromarray((np.clip(grey, 0, 65535) // 257).astype(np.uint8))
     if mode in {"P", "PA"} and "transparency" in image.info:
         image = image.convert("RGBA")
     image.load()
-    return image.convert("RGB")
+    return image if image.mode in {"RGB", "L"} else image.convert("RGB")
 
 
 def _reason(path: str | os.PathLike[str], error: Exception) -> str:
@@ -193,5 +199,8 @@ def _reason(path: str | os.PathLike[str], error: Exception) -> str:
     if isinstance(error, PermissionError):
         return "permission denied"
     if isinstance(error, UnidentifiedImageError):
-        return "empty file" if Path(path).stat().st_size == 0 else "not an image of a known format"
+        try:
+            return "empty file" if Path(path).stat().st_size == 0 else "not an image of a known format"
+        except OSError:
+            return "is not there any more"
     return f"cannot be decoded: {str(error).splitlines()[0] if str(error) else type(error).__name__}"

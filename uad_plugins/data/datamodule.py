@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Resize, Transform
 from torchvision.tv_tensors import Image, Mask
 
+from uad_plugins.cpu import cores
 from uad_plugins.data.batches import UnifiedBatch, UnifiedItem
 from uad_plugins.data.check import require_readable
 from uad_plugins.data.layouts import scan
@@ -342,5 +342,4 @@ class UnifiedDataModule(AnomalibDataModule):
 
 def default_workers() -> int:
     """Choose the number of loader processes: none on up to two cores, where they would only take turns with training."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return 0 if cores <= 2 else min(8, cores - 1)
+    return 0 if cores() <= 2 else min(8, cores() - 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import stat
@@ -15,8 +16,8 @@ from pathlib import Path
 from typing import IO
 
 from uad_plugins.artifacts import atomic_path, cache_folder, sha256_of
-from uad_plugins.deployment.manifest import MANIFEST, BundleFile, BundleManifest, complaint, parse
-from uad_plugins.errors import UadxError, UsageError
+from uad_plugins.deployment.manifest import MANIFEST, BundleFile, BundleManifest, complaint, outside, parse
+from uad_plugins.errors import UadxError, UsageError, reason_of
 from uad_plugins.evaluation.thresholds import Thresholds
 
 MAX_MANIFEST = 1 << 24
@@ -28,7 +29,11 @@ MAX_RATIO = 100
 MADE_ON_THE_DEVICE = ("engine",)
 """Folders below a bundle that belong to the machine it runs on: TensorRT's engines are built there."""
 
+ZIP_DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError)
+"""What ``zipfile`` raises on damaged files."""
+
 COPY_AGAIN = "copy the bundle again"
+OTHER_CACHE = "set UADX_CACHE to a folder that can be written, or unpack the zip and give its folder"
 DISTRUST = "do not use it; copy the bundle from where it was made"
 
 
@@ -88,6 +93,21 @@ def is_bundle(path: Path) -> bool:
         return True
 
 
+def read_manifest(path: Path) -> BundleManifest:
+    """Return what ``bundle.json`` says, its own seal verified; the other files are neither looked at nor vouched for.
+
+    Raises:
+        UadxError: It is damaged or of a newer version.
+    """
+    if path.is_dir():
+        return _manifest_of(path, str(path))
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return _manifest_in(archive, path)[0]
+    except ZIP_DAMAGE as error:
+        raise UadxError(f"{path}: damaged: {error}", COPY_AGAIN) from None
+
+
 @contextmanager
 def staged(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary folder that becomes ``out`` when the block ends without an error.
@@ -110,20 +130,47 @@ def staged(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
             _pack(fresh, out)
         else:
             _sync(fresh)
-            if out.exists():
-                out.replace(work / "before")
-            fresh.replace(out)
+            aside, replacing = _aside(out), out.exists()
+            if replacing:
+                out.replace(aside)
+            try:
+                fresh.replace(out)
+            except BaseException:
+                if replacing:
+                    aside.replace(out)
+                raise
+            if replacing:
+                # Renamed before it is deleted: half a bundle must never be taken for one to put back.
+                aside.replace(work / "before")
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
+def _aside(out: Path) -> Path:
+    """Return where a bundle lies while another takes its place."""
+    return out.with_name(f".{out.name}.before")
+
+
+def _put_back(out: Path) -> None:
+    """Undo or finish a replacement that was killed between its two renames."""
+    aside = _aside(out)
+    if is_bundle(aside):
+        if out.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            aside.replace(out)
+
+
 def check_place(out: Path, *, overwrite: bool) -> None:
-    """Decide whether a bundle may be written there; nothing is changed.
+    """Decide whether a bundle may be written there; what a killed replacement has left aside is put back first.
 
     Raises:
         UadxError: There is something else, or a bundle that was not asked to be replaced.
-        UsageError: A file with another ending than ``.zip``.
+        UsageError: A file with another ending than ``.zip``, or a folder with that ending.
     """
+    _put_back(out)
+    if out.is_dir() and out.suffix.lower() == ".zip":
+        raise UsageError(f"{out}: is a folder", "a name that ends in .zip is for a file: choose another")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if out.is_file() and out.suffix.lower() != ".zip":
@@ -171,13 +218,17 @@ def _listed(folder: Path) -> list[str]:
     return sorted(set(found) - {MANIFEST})
 
 
-def _open_folder(folder: Path, name: str) -> Bundle:
+def _manifest_of(folder: Path, name: str) -> BundleManifest:
     path = folder / MANIFEST
     if path.is_symlink() or not path.is_file():
         raise UadxError(f"{name}: not a bundle (no {MANIFEST})", "give what 'uadx deploy --out' wrote")
     if path.stat().st_size > MAX_MANIFEST:
         raise UadxError(f"{name}: {MANIFEST} is too large to be one", COPY_AGAIN)
-    manifest = parse(path.read_bytes(), name)
+    return parse(path.read_bytes(), name)
+
+
+def _open_folder(folder: Path, name: str) -> Bundle:
+    manifest = _manifest_of(folder, name)
     there = set(_listed(folder))
     for missing in sorted(set(manifest.files) - there):
         raise UadxError(f"{name}: '{missing}' is missing", COPY_AGAIN)
@@ -192,15 +243,19 @@ def _open_folder(folder: Path, name: str) -> Bundle:
     return Bundle(folder, manifest, name)
 
 
+def _manifest_in(archive: zipfile.ZipFile, path: Path) -> tuple[BundleManifest, bytes, dict[str, zipfile.ZipInfo]]:
+    members = _members(archive, path)
+    if MANIFEST not in members:
+        raise UadxError(f"{path}: not a bundle (no {MANIFEST})", "give what 'uadx deploy --out' wrote")
+    raw = _content(archive, members[MANIFEST], MAX_MANIFEST, str(path))
+    return parse(raw, str(path)), raw, members
+
+
 def _open_zip(path: Path) -> Bundle:
     name = str(path)
     try:
         with zipfile.ZipFile(path) as archive:
-            members = _members(archive, path)
-            if MANIFEST not in members:
-                raise UadxError(f"{name}: not a bundle (no {MANIFEST})", "give what 'uadx deploy --out' wrote")
-            raw = _content(archive, members[MANIFEST], MAX_MANIFEST, name)
-            manifest = parse(raw, name)
+            manifest, raw, members = _manifest_in(archive, path)
             for missing in sorted(set(manifest.files) - set(members)):
                 raise UadxError(f"{name}: '{missing}' is missing", COPY_AGAIN)
             for extra in sorted(set(members) - set(manifest.files) - {MANIFEST}):
@@ -208,15 +263,18 @@ def _open_zip(path: Path) -> Bundle:
             for file, facts in manifest.files.items():
                 if members[file].file_size != facts.bytes:
                     raise UadxError(f"{name}: '{file}' has {members[file].file_size} bytes, not {facts.bytes}", COPY_AGAIN)
-            folder = cache_folder("bundles") / manifest.seal
-            if not folder.is_dir():
-                _unpack(archive, members, manifest, raw, folder)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+            try:
+                folder = cache_folder("bundles") / manifest.seal
+                if folder.is_dir():
+                    # A copy that is damaged says nothing about the zip.
+                    with contextlib.suppress(UadxError):
+                        return _open_folder(folder, name)
+                _unpack(archive, members, manifest, raw, folder, name)
+            except OSError as error:
+                raise UadxError(f"{name}: cannot be unpacked into the cache: {reason_of(error)}", OTHER_CACHE) from None
+    except ZIP_DAMAGE as error:
         raise UadxError(f"{name}: damaged: {error}", COPY_AGAIN) from None
-    try:
-        return Bundle(folder, _open_folder(folder, name).manifest, name)
-    except UadxError as error:
-        raise UadxError(error.message, f"remove {folder}, which it was unpacked to") from None
+    return Bundle(folder, manifest, name)
 
 
 def _members(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]:
@@ -226,8 +284,12 @@ def _members(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]
         name, mode = info.filename, info.external_attr >> 16
         # Python strips what follows a zero byte, and turns a backslash on Windows: the name as it is stored decides.
         stored = info.orig_filename
-        if stored != MANIFEST and complaint(stored):
-            raise UadxError(f"{path}: '{stored}' {complaint(stored)}", DISTRUST)
+        wrong = outside(stored) if info.is_dir() else complaint(stored)
+        if stored != MANIFEST and wrong:
+            raise UadxError(f"{path}: '{stored}' {wrong}", DISTRUST)
+        if info.is_dir() and info.file_size == 0:
+            # What packs a folder again writes entries for folders: they hold nothing.
+            continue
         if stat.S_IFMT(mode) not in {0, stat.S_IFREG}:
             raise UadxError(f"{path}: '{name}' is a link or a device", DISTRUST)
         if name in found:
@@ -250,18 +312,28 @@ def _content(archive: zipfile.ZipFile, info: zipfile.ZipInfo, limit: int, name: 
 
 
 def _unpack(
-    archive: zipfile.ZipFile, members: dict[str, zipfile.ZipInfo], manifest: BundleManifest, raw: bytes, folder: Path
+    archive: zipfile.ZipFile,
+    members: dict[str, zipfile.ZipInfo],
+    manifest: BundleManifest,
+    raw: bytes,
+    folder: Path,
+    name: str,
 ) -> None:
+    """Unpack a zip to a folder that is there once its content is verified, and on the disk."""
     work = Path(tempfile.mkdtemp(prefix=".unpacking-", dir=folder.parent))
     try:
         fresh = work / "bundle"
         fresh.mkdir()
         (fresh / MANIFEST).write_bytes(raw)
-        for name, facts in manifest.files.items():
-            target = fresh / name
+        for file_name, facts in manifest.files.items():
+            target = fresh / file_name
             target.parent.mkdir(parents=True, exist_ok=True)
-            with archive.open(members[name]) as source, target.open("wb") as file:
+            with archive.open(members[file_name]) as source, target.open("wb") as file:
                 _copy(source, file, facts.bytes)
+        _open_folder(fresh, name)
+        _sync(fresh)
+        if folder.is_dir():
+            folder.replace(work / "damaged")
         try:
             fresh.replace(folder)
         except OSError:

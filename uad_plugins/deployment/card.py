@@ -130,25 +130,46 @@ def _calibration(calibration: Mapping[str, Any]) -> str:
 def _weights(weights: Mapping[str, Any]) -> str:
     if not weights:
         return ""
+    if "architecture" not in weights:
+        return f"licence {weights.get('licence')}"
     return (
         f"{weights.get('architecture')} from {weights.get('source')} (`{weights.get('origin')}`); {weights.get('licence')}"
     )
 
 
 def _measured(manifest: BundleManifest) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = []
+    rows = _trained(manifest.metrics.get("training", {}))
     quantization = manifest.metrics.get("quantization", {})
     for category, metrics in (quantization.get("auroc") or {}).items():
         for metric, values in metrics.items():
             rows.append(
                 (f"{category}: {metric.replace('_', ' ')}", f"{values['quantized']:.4f} (FP32 {values['fp32']:.4f})")
             )
+    for engine, agreement in (quantization.get("agreement_with_fp32") or {}).items():
+        # Between two engines of the same file it is no matter of FP32.
+        what = engine if " and " in engine else f"{engine} against FP32"
+        rows.append((what, _agreement(agreement, "held-out images")))
     for engine, agreement in manifest.metrics.get("verified", {}).items():
-        rows.append(
-            (
-                f"{engine} against the source",
-                f"maps differ by {100 * agreement['map_l2']:.2g} %, scores by {100 * agreement['score_l2']:.2g} % "
-                f"({agreement['images']} {manifest.metrics.get('verified_on', 'images')})",
-            )
-        )
+        rows.append((f"{engine} against the source", _agreement(agreement, manifest.metrics.get("verified_on", "images"))))
     return rows
+
+
+def _trained(training: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Return what the training has noted of itself, as far as it is a figure of the model."""
+    rows: list[tuple[str, ...]] = []
+    if training.get("best_epoch") is not None:
+        rows.append(("training: best epoch", f"{training['best_epoch']} of {training.get('epochs')}"))
+    if training.get("best_val_loss") is not None:
+        rows.append(("training: loss on held-out images", f"{training['best_val_loss']:.4g}"))
+    for category, loss in (training.get("val_loss_per_category") or {}).items():
+        rows.append((f"{category}: loss on held-out images", f"{loss:.4g}"))
+    return rows
+
+
+def _agreement(agreement: Mapping[str, Any], images: str) -> str:
+    differences = [
+        f"{name} differ by {100 * agreement[key]:.2g} %"
+        for name, key in (("maps", "map_l2"), ("scores", "score_l2"))
+        if agreement.get(key) is not None
+    ]
+    return f"{', '.join(differences)} ({agreement.get('images')} {images})"

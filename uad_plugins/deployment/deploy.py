@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from uad_plugins.artifacts import write_text
+from uad_plugins.artifacts import read_json, write_text
 from uad_plugins.config import validated
 from uad_plugins.deployment.bundle import Bundle, check_place, seal, staged
 from uad_plugins.deployment.card import CARD, card, draw
@@ -88,11 +88,13 @@ def deploy(order: Order, tell: Callable[[str], None] = lambda _: None) -> Bundle
         with source.reference:
             result = plugin.package(_request(source, options, folder))
             _refuse(plugin, result)
+            for line in result.notes:
+                tell(line)
             manifest = _manifest(plugin, source, result, options.model_dump(mode="json"))
             manifest = _finish(order, source, result, manifest, folder, out.stem, tell)
         if order.build_engine:
             tell("building the engine: minutes")
-            _build_engine(folder)
+            tell(f"the same with trtexec, in {order.out}: {_build_engine(folder)}")
     return manifest
 
 
@@ -201,11 +203,12 @@ def _check_engine(order: Order, out: Path) -> None:
         )
 
 
-def _build_engine(folder: Path) -> None:
-    """Build the engine with the runner that was packaged, into the bundle."""
+def _build_engine(folder: Path) -> str:
+    """Build the engine with the runner that was packaged, into the bundle; returns the equal ``trtexec`` line."""
     done = subprocess.run([sys.executable, str(folder / "runner.py"), "build"], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         raise UadxError(
             f"TensorRT could not build the engine: {lines[-1]}", "deploy without --build-engine, build on the device"
         )
+    return str(read_json(folder / "engine" / "model.engine.json")["trtexec"])

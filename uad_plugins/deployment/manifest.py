@@ -158,11 +158,18 @@ class BundleManifest(Part):
         return blank.replace(UNSEALED, hashlib.sha256(blank.encode()).hexdigest(), 1)
 
 
+def outside(name: str) -> str:
+    """Say so if a name leads out of a bundle; empty for one that does not."""
+    path = PurePosixPath(name)
+    climbs = path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name or "\0" in name or not path.parts
+    return "lies outside the bundle" if climbs else ""
+
+
 def complaint(name: str) -> str:
     """Say what is wrong with the name of a file in a bundle; empty for a good one."""
     path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name or "\0" in name or not path.parts:
-        return "lies outside the bundle"
+    if outside(name):
+        return outside(name)
     if path.as_posix() != name or name == MANIFEST:
         return "is not a plain name"
     if path.suffix.lower() not in ENDINGS:

@@ -15,6 +15,7 @@ from uad_plugins.data.samples import SampleTable, hold_out
 from uad_plugins.detector import Detector, open_detector
 from uad_plugins.errors import UadxError, UsageError
 from uad_plugins.evaluation.thresholds import Thresholds
+from uad_plugins.models.backbones import with_licence
 from uad_plugins.models.torch_detector import TorchDetector
 from uad_plugins.quantization.core import build_core, preprocessing_of
 from uad_plugins.quantization.float_backends import write
@@ -22,7 +23,7 @@ from uad_plugins.quantization.quiet import quiet_quantizers
 from uad_plugins.quantized import MANIFEST as QUANTIZED_MANIFEST
 from uad_plugins.quantized import Quantized
 
-LICENCES = {"bundled": "Apache-2.0, see NOTICE of uadx"}
+LOST = {"licence": "unknown: the run that it was quantized from is not there, and its record names none"}
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def _run(folder: Path, precision: str, work: Path) -> Source:
         whole=False,
         split=run.source(),
         metrics=_training(run),
-        weights=_weights(run),
+        weights=with_licence(run.manifest().weights),
     )
 
 
@@ -159,7 +160,7 @@ def _quantized(folder: Path) -> Source:
         split=manifest.source,
         calibration=manifest.calibration if manifest.profile != "float" else {},
         metrics={**(_training(run) if known else {}), "quantization": {k: v for k, v in metrics.items() if v}},
-        weights=_weights(run) if known else {},
+        weights=_weights(manifest.source, run if known else None),
     )
 
 
@@ -172,15 +173,8 @@ def _training(run: Run) -> dict[str, Any]:
     return {"training": read_json(run.metrics_file)} if run.metrics_file.is_file() else {}
 
 
-def _weights(run: Run) -> dict[str, Any]:
-    """Return where the backbone's weights came from, and their licence where it is known."""
-    record = dict(run.manifest().weights or {})
-    if not record:
-        return {}
-    licence = LICENCES.get(str(record.get("source")))
-    if record.get("source") == "hub":
-        import timm
-
-        entry = timm.get_pretrained_cfg(str(record.get("origin")).rpartition("/")[2])
-        licence = str(entry.license) if entry is not None and entry.license else None
-    return {**record, "licence": licence or "not known to uadx: ask whoever provided the weights"}
+def _weights(source: Mapping[str, Any], run: Run | None) -> dict[str, Any]:
+    """Return origin and licence of the backbone's weights: as the quantized model noted them, else as its run says."""
+    if "weights" in source:
+        return dict(source["weights"])
+    return with_licence(run.manifest().weights) if run is not None else dict(LOST)

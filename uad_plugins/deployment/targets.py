@@ -30,8 +30,9 @@ python3 runner.py predict IMAGES --category CATEGORY --out MAPS
 python3 runner.py benchmark
 ```
 
-TensorRT builds its engine there. No engine had been built on a device when this version of uadx was published: the file
-obeys TensorRT's rules, and its numbers are those of ONNX Runtime."""
+TensorRT builds its engine there. No engine had been built on a device when this version of uadx was published. The file
+obeys TensorRT's rules, and its operators and opset are those of version {versions}; what it was compared with, and run by
+what, is under "Measured"."""
 
 
 def openvino_cpu(request: PackagingRequest) -> PackagingResult:
@@ -53,7 +54,7 @@ def tensorrt_jetson(request: PackagingRequest) -> PackagingResult:
     import onnx as onnx_package
 
     from uad_plugins.quantization.audit import FLOAT_RULES
-    from uad_plugins.quantization.tensorrt_rules import RULES, check
+    from uad_plugins.quantization.tensorrt_rules import RULES, by_version, check
 
     source = model_of(request, "onnx")
     if request.profile == "openvino":
@@ -62,11 +63,27 @@ def tensorrt_jetson(request: PackagingRequest) -> PackagingResult:
             "quantize with --backend tensorrt-int8, or nncf-qat --set profile=tensorrt",
         )
     rules = FLOAT_RULES if request.profile == "float" else tuple(RULES)
-    checks = check(onnx_package.load(source), rules, whole=request.whole)
+    model = onnx_package.load(source)
+    versions = by_version(model)
+    good = [version for version, wrong in versions.items() if not wrong]
+    newest = list(versions)[-1]
+    # One version that takes it is enough; where none does, what the newest complains of is what has to be changed.
+    checks = check(model, rules, version=good[0] if good else newest, whole=request.whole)
+    text = ", ".join(good)
+    notes = [f"good for TensorRT {text}"]
+    notes += [f"not for TensorRT {version}: {wrong[0]}" for version, wrong in versions.items() if wrong]
     shutil.copyfile(source, request.folder / "model.onnx")
     copy_runner(request.folder)
     name, outputs = tensor_names(source)
-    return PackagingResult(name, outputs, onnx="model.onnx", usage=JETSON, checks=checks)
+    return PackagingResult(
+        name,
+        outputs,
+        onnx="model.onnx",
+        usage=JETSON.format(versions=text),
+        checks=checks,
+        details={"tensorrt": versions},
+        notes=tuple(notes),
+    )
 
 
 def copy_runner(folder: Path) -> None:

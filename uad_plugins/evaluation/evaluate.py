@@ -15,7 +15,7 @@ from uad_plugins.detector import Detector, Prediction
 from uad_plugins.errors import UadxError
 from uad_plugins.evaluation.metrics import CategoryMetrics
 from uad_plugins.evaluation.overlays import label, outline, overlay, panel
-from uad_plugins.evaluation.rows import describe, picture_names, to_csv, verdict
+from uad_plugins.evaluation.rows import ERROR, NO_THRESHOLD, describe, picture_names, plain_threshold, to_csv, verdict
 from uad_plugins.imaging import ImageError, read_mask, read_rgb, resize_mask
 from uad_plugins.progress import Progress
 
@@ -148,8 +148,8 @@ def _row(
         "defect": sample.defect,
         "label": "normal" if sample.label == NORMAL else "anomalous",
         "score": None if error else prediction.score,
-        "threshold": threshold,
-        "verdict": "error" if error else verdict(prediction.score, threshold),
+        "threshold": plain_threshold(threshold),
+        "verdict": ERROR if error else verdict(prediction.score, threshold),
         "error": error,
     }
 
@@ -172,7 +172,7 @@ def _decisions(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Return how the stored thresholds decided: share of normal images rejected, share of anomalous ones found."""
     decisions: dict[str, dict[str, Any]] = {}
     for category in sorted({row["category"] for row in rows}):
-        mine = [row for row in rows if row["category"] == category and row["verdict"] != "error"]
+        mine = [row for row in rows if row["category"] == category and row["verdict"] not in {ERROR, NO_THRESHOLD}]
 
         def share(label_name: str, mine: list[dict[str, Any]] = mine) -> float | None:
             of_label = [row["verdict"] == "anomalous" for row in mine if row["label"] == label_name]

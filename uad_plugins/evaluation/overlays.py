@@ -6,6 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+STRIP = 1 << 16
+"""Pixels that are blended at once."""
+
 # Anchors of a perceptually ordered scale: transparent blue over yellow to red.
 _ANCHORS = np.array(
     [
@@ -53,10 +56,14 @@ def overlay(image: Image.Image, anomaly_map: NDArray[np.float32], threshold: flo
         RGB image of the size of ``image``.
     """
     scaled = Image.fromarray(relative_to_threshold(anomaly_map, threshold)).resize(image.size, Image.Resampling.BILINEAR)
-    heat = np.asarray(scaled, dtype=np.float32)
-    weight = (0.75 * np.clip((heat - 0.2) / 0.4, 0, 1))[..., None]
-    blended = np.asarray(image, dtype=np.float32) * (1 - weight) + colours(heat) * weight
-    return Image.fromarray(blended.astype(np.uint8))
+    warmth, pixels = np.asarray(scaled), np.array(image)
+    # In strips: what a whole photograph takes in floating point is more than an edge device has.
+    rows = max(1, STRIP // image.width)
+    for top in range(0, image.height, rows):
+        heat, strip = warmth[top : top + rows], pixels[top : top + rows]
+        weight = (0.75 * np.clip((heat - 0.2) / 0.4, 0, 1))[..., None]
+        strip[:] = strip.astype(np.float32) * (1 - weight) + colours(heat) * weight
+    return Image.fromarray(pixels)
 
 
 def outline(image: Image.Image, mask: NDArray[np.bool_]) -> Image.Image:

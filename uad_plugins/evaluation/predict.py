@@ -10,10 +10,10 @@ from typing import Any
 
 from uad_plugins.artifacts import atomic_path
 from uad_plugins.data.layouts.walking import images
-from uad_plugins.detector import Detector, Prediction
-from uad_plugins.errors import UsageError, unknown_name
+from uad_plugins.detector import BATCH_SIZE, Detector, Prediction
+from uad_plugins.errors import UsageError, reason_of, unknown_name
 from uad_plugins.evaluation.overlays import overlay
-from uad_plugins.evaluation.rows import picture_names, verdict
+from uad_plugins.evaluation.rows import ERROR, picture_names, plain_threshold, verdict
 from uad_plugins.imaging import ImageError, read_rgb
 from uad_plugins.progress import Progress
 
@@ -54,10 +54,12 @@ def predict(
     category: str | None = None,
     out: Path | None = None,
     names: Mapping[str, str] | None = None,
-    batch_size: int = 16,
+    batch_size: int = BATCH_SIZE,
     progress: Progress | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yield one row an image: ``path, category, score, threshold, verdict, map, error``.
+
+    The verdict is ``normal``, ``anomalous``, ``error``, or ``no threshold`` where none was set; the threshold is None then.
 
     Args:
         detector: What scores them.
@@ -67,6 +69,8 @@ def predict(
         names: Overlay of each image, by its path below ``out``; None: named after the images.
         batch_size: Images scored together.
         progress: Called as images are done.
+
+    An image whose overlay cannot be written gets an error in its row, like one that cannot be read.
 
     Raises:
         UsageError: The detector does not know the category, or there is no image.
@@ -93,8 +97,8 @@ def _row(prediction: Prediction, category: str | None, threshold: float) -> dict
         "path": prediction.path,
         "category": category,
         "score": None if error else prediction.score,
-        "threshold": threshold,
-        "verdict": "error" if error else verdict(prediction.score, threshold),
+        "threshold": plain_threshold(threshold),
+        "verdict": ERROR if error else verdict(prediction.score, threshold),
         "map": None,
         "error": error,
     }
@@ -106,8 +110,13 @@ def _write_overlay(prediction: Prediction, threshold: float, path: Path, row: di
         image = read_rgb(prediction.path)
     except ImageError as error:
         # Gone or overwritten since it was scored.
-        row["verdict"], row["error"] = "error", error.message
+        row["verdict"], row["error"] = ERROR, error.message
         return None
-    with atomic_path(path) as temporary:
-        overlay(image, prediction.anomaly_map, threshold).save(temporary, format="PNG", compress_level=3)
+    try:
+        with atomic_path(path) as temporary:
+            overlay(image, prediction.anomaly_map, threshold).save(temporary, format="PNG", compress_level=3)
+    except OSError as error:
+        # A name too long, a full disk: the images after it must not suffer from it.
+        row["verdict"], row["error"] = ERROR, f"its heat map cannot be written: {error.strerror or reason_of(error)}"
+        return None
     return str(path)

@@ -125,9 +125,8 @@ def _decisions_table(report: dict[str, Any]) -> str:
             "–" if values[key] is None else f"{100 * values[key]:.1f} %"
             for key in ("false_positive_rate", "true_positive_rate")
         )
-        rows.append(
-            f"<tr><td>{html.escape(name)}</td><td>{values['threshold']:.4g}</td><td>{rejected}</td><td>{found}</td></tr>"
-        )
+        threshold = "none" if values["threshold"] is None else f"{values['threshold']:.4g}"
+        rows.append(f"<tr><td>{html.escape(name)}</td><td>{threshold}</td><td>{rejected}</td><td>{found}</td></tr>")
     return "\n".join([*rows, "</table>"])
 
 

@@ -11,17 +11,28 @@ from functools import lru_cache
 from itertools import chain, count
 from typing import Any
 
-NORMAL, ANOMALOUS, ERROR = "normal", "anomalous", "error"
+NORMAL, ANOMALOUS, ERROR, NO_THRESHOLD = "normal", "anomalous", "error", "no threshold"
 
 
 def verdict(score: float, threshold: float) -> str:
-    """Judge a score: above the threshold is anomalous."""
+    """Judge a score: above the threshold is anomalous; without a finite score or threshold there is nothing to judge."""
+    if not math.isfinite(score):
+        return ERROR
+    if not math.isfinite(threshold):
+        return NO_THRESHOLD
     return ANOMALOUS if score > threshold else NORMAL
 
 
-def describe(score: float, threshold: float) -> str:
+def plain_threshold(threshold: float) -> float | None:
+    """Return a threshold as JSON can hold it: None where none was set."""
+    return threshold if math.isfinite(threshold) else None
+
+
+def describe(score: float, threshold: float | None) -> str:
     """Write a score for people: as a multiple of its threshold where that means something."""
-    if threshold > 0 and score >= 0 and math.isfinite(threshold):
+    if threshold is None or not math.isfinite(threshold):
+        return f"{score:.4g} ({NO_THRESHOLD})"
+    if threshold > 0 and score >= 0:
         return f"{score / threshold:.2f} x threshold"
     return f"{score:.4g} (threshold {threshold:.4g})"
 
@@ -72,7 +83,7 @@ def to_csv(rows: list[dict[str, Any]]) -> str:
 
 def worst_first(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Yield the wrongly decided images, the most wrong first."""
-    wrong = [row for row in rows if row["verdict"] not in {row["label"], ERROR}]
+    wrong = [row for row in rows if row["verdict"] not in {row["label"], ERROR, NO_THRESHOLD}]
 
     def distance(row: dict[str, Any]) -> float:
         score, threshold = row["score"], row["threshold"]

@@ -53,6 +53,21 @@ class WeightsRecord:
     sha256: str
 
 
+LICENCES = {BUNDLED: "Apache-2.0, see NOTICE of uadx"}
+UNKNOWN_LICENCE = "not known to uadx: ask whoever provided the weights"
+
+
+def with_licence(record: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the record of a run's backbone weights with their licence, where it is known; empty without a record."""
+    if not record:
+        return {}
+    licence = LICENCES.get(str(record.get("source")))
+    if record.get("source") == HUB:
+        entry = timm.get_pretrained_cfg(str(record.get("origin")).rpartition("/")[2])
+        licence = str(entry.license) if entry is not None and entry.license else None
+    return {**record, "licence": licence or UNKNOWN_LICENCE}
+
+
 _source: ContextVar[str | None] = ContextVar("backbone_weights", default=None)
 _records: ContextVar[list[WeightsRecord] | None] = ContextVar("backbone_records", default=None)
 

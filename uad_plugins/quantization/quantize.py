@@ -16,6 +16,7 @@ from uad_plugins.errors import UadxError, UsageError
 from uad_plugins.evaluation.evaluate import evaluate
 from uad_plugins.evaluation.thresholds import NO_THRESHOLDS, NORMAL_FPR, thresholds_from_samples
 from uad_plugins.hookspecs import QuantizationRequest, QuantizationResult, QuantizerPlugin
+from uad_plugins.models.backbones import with_licence
 from uad_plugins.models.torch_detector import TorchDetector
 from uad_plugins.quantization import audit as auditing
 from uad_plugins.quantization.calibration import calibrate
@@ -142,8 +143,8 @@ def quantize(order: Order, tell: Callable[[str], None] = lambda _: None) -> Quan
 
 
 def _source(run: Run, data: str | None) -> dict[str, Any]:
-    """Return where the result comes from; the data is where it lies now."""
-    source = run.source()
+    """Return where the result comes from; the data is where it lies now, and the licence travels along."""
+    source = {**run.source(), "weights": with_licence(run.manifest().weights)}
     return source if data is None else {**source, "data": str(Path(data).expanduser().absolute()), "layout": None}
 
 

@@ -16,74 +16,7 @@ from onnx import ModelProto
 
 from uad_plugins.quantization.graph import CONSTANT, CONV, TRANSPOSED
 from uad_plugins.quantization.onnx_graph import DEQUANTIZE, QUANTIZE, OnnxGraph, attribute, quantizers, static_shape
-
-MAX_OPSET = 17
-"""TensorRT 8.5 and 8.6 (JetPack 5 and 6.0) read up to 17."""
-
-OPERATORS = frozenset(
-    {
-        "Abs",
-        "Add",
-        "AveragePool",
-        "BatchNormalization",
-        "Cast",
-        "Clip",
-        "Concat",
-        "Constant",
-        "ConstantOfShape",
-        "Conv",
-        "ConvTranspose",
-        "DequantizeLinear",
-        "Div",
-        "Equal",
-        "Exp",
-        "Expand",
-        "Flatten",
-        "Gather",
-        "Gemm",
-        "GlobalAveragePool",
-        "GreaterOrEqual",
-        "Identity",
-        "LeakyRelu",
-        "LessOrEqual",
-        "Log",
-        "MatMul",
-        "Max",
-        "MaxPool",
-        "Min",
-        "Mul",
-        "Neg",
-        "Not",
-        "Or",
-        "Pad",
-        "Pow",
-        "QuantizeLinear",
-        "ReduceL2",
-        "ReduceMax",
-        "ReduceMean",
-        "ReduceMin",
-        "ReduceSum",
-        "Relu",
-        "Reshape",
-        "Resize",
-        "Shape",
-        "Sigmoid",
-        "Slice",
-        "Softmax",
-        "Split",
-        "Sqrt",
-        "Squeeze",
-        "Sub",
-        "Sum",
-        "Tanh",
-        "Tile",
-        "Transpose",
-        "Unsqueeze",
-        "Upsample",
-        "Where",
-    }
-)
-"""Operators that TensorRT 8.5 supports and anomaly detectors use."""
+from uad_plugins.quantization.tensorrt_versions import OLDEST, PARSERS, Parser
 
 PASSING = {
     "MaxPool",
@@ -107,45 +40,55 @@ class Subject:
     Attributes:
         model: The model.
         graph: Its operations.
-        max_opset: Newest opset allowed.
+        parser: What has to read it.
         whole: Every convolution of the network has to be quantized.
     """
 
     model: ModelProto
     graph: OnnxGraph
-    max_opset: int = MAX_OPSET
+    parser: Parser
     whole: bool = True
 
 
 def check(
-    model: ModelProto, rules: Iterable[str] | None = None, *, max_opset: int = MAX_OPSET, whole: bool = True
+    model: ModelProto, rules: Iterable[str] | None = None, *, version: str = OLDEST, whole: bool = True
 ) -> dict[str, list[str]]:
     """Check a quantized graph.
 
     Args:
         model: The model.
         rules: Names of ``RULES``; None: all, as TensorRT wants them.
-        max_opset: Newest opset allowed.
+        version: Of TensorRT, of ``PARSERS``; the oldest by default, because what it takes all take.
         whole: Every convolution of the network has to be quantized; False for scope ``student``.
 
     Returns:
         What is wrong by rule; an empty list for a rule that is kept.
     """
-    subject = Subject(model, OnnxGraph.of(model), max_opset, whole)
+    subject = Subject(model, OnnxGraph.of(model), PARSERS[version], whole)
     return {name: RULES[name](subject) for name in (RULES if rules is None else rules)}
+
+
+def by_version(model: ModelProto) -> dict[str, list[str]]:
+    """Return what the parser of each version of TensorRT does not take of a graph; nothing for those it is good for."""
+    graph = OnnxGraph.of(model)
+    found = {}
+    for version, parser in PARSERS.items():
+        subject = Subject(model, graph, parser)
+        found[version] = [case for rule in OF_A_VERSION for case in RULES[rule](subject)]
+    return found
 
 
 def _opset(subject: Subject) -> list[str]:
     versions = {entry.domain or "ai.onnx": entry.version for entry in subject.model.opset_import}
     newest = versions.get("ai.onnx", 0)
-    return [f"opset {newest} is newer than {subject.max_opset}"] if newest > subject.max_opset else []
+    return [f"opset {newest} is newer than {subject.parser.max_opset}"] if newest > subject.parser.max_opset else []
 
 
 def _operators(subject: Subject) -> list[str]:
     return [
         f"{node.name or name}: {node.domain or 'ai.onnx'}::{node.op_type}"
         for name, node in subject.graph.nodes.items()
-        if node.domain not in {"", "ai.onnx"} or node.op_type not in OPERATORS
+        if node.domain not in {"", "ai.onnx"} or node.op_type not in subject.parser.operators
     ]
 
 
@@ -306,6 +249,9 @@ RULES: dict[str, Callable[[Subject], list[str]]] = {
     "float head": _head,
 }
 """Every rule; what TensorRT wants is all of them."""
+
+OF_A_VERSION = ("opset", "operators")
+"""Rules that differ between versions of TensorRT."""
 
 OPENVINO = tuple(name for name in RULES if name not in {"opset", "signed", "residual additions", "transposed convolutions"})
 """Rules that a graph for OpenVINO and ONNX Runtime keeps too."""

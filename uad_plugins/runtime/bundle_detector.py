@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from uad_plugins.detector import decode, open_detector
+from uad_plugins.detector import Prediction, decode, open_detector
 from uad_plugins.errors import unknown_name
-from uad_plugins.evaluation.rows import ERROR, verdict
+from uad_plugins.evaluation.rows import ERROR, plain_threshold, verdict
 from uad_plugins.imaging import ImageError
 
 ImageSource = str | os.PathLike[str] | Image.Image | NDArray[np.uint8]
@@ -27,16 +27,16 @@ class Result:
     """What was found in one image.
 
     Attributes:
-        score: Higher is more anomalous, not bounded above; NaN when the image could not be read.
-        threshold: Scores above it are anomalous.
-        verdict: ``normal``, ``anomalous`` or ``error``.
+        score: Higher is more anomalous, not bounded above; NaN when the image could not be read or scored.
+        threshold: Scores above it are anomalous; None where none was set.
+        verdict: ``normal``, ``anomalous``, ``error``, or ``no threshold`` where none was set.
         map: Anomaly of each pixel, float32 ``(H, W)`` at the network's input size; None with an error.
         size: ``(height, width)`` of the source image, upright.
         error: Why there is no score; empty when there is one.
     """
 
     score: float
-    threshold: float
+    threshold: float | None
     verdict: str
     map: NDArray[np.float32] | None
     size: tuple[int, int]
@@ -89,7 +89,7 @@ class Detector:
             scores, maps = self._detector.infer_by_category(item.pixels[None], [category])
         else:
             scores, maps = self._detector.infer(item.pixels[None])
-        return self._result(float(scores[0]), maps[0], item.size, "", category)
+        return self._result(Prediction("", float(scores[0]), maps[0], item.size), category)
 
     def stream(self, images: Iterable[ImageSource], category: str | None = None) -> Iterator[Result]:
         """Score many images, as many a second as possible: decoding, resizing and inference overlap.
@@ -106,7 +106,7 @@ class Detector:
         """
         self._check(category)
         for found in self._detector.stream(cast(Any, images), categories=repeat(category)):
-            yield self._result(found.score, found.anomaly_map, found.size, found.failure, category)
+            yield self._result(found, category)
 
     def close(self) -> None:
         """Give resources back."""
@@ -122,8 +122,13 @@ class Detector:
         if category is not None and category not in self.categories:
             raise unknown_name("category", category, self.categories)
 
-    def _result(
-        self, score: float, anomaly_map: NDArray[np.float32] | None, size: tuple[int, int], error: str, category: str | None
-    ) -> Result:
+    def _result(self, found: Prediction, category: str | None) -> Result:
         threshold = self.thresholds.of(category)
-        return Result(score, threshold, ERROR if error else verdict(score, threshold), anomaly_map, size, error)
+        return Result(
+            found.score,
+            plain_threshold(threshold),
+            ERROR if found.failure else verdict(found.score, threshold),
+            None if found.failure else found.anomaly_map,
+            found.size,
+            found.failure,
+        )

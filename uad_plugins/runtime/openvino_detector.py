@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
+from concurrent.futures import Future
+from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import numpy as np
 import openvino
 
 from uad_plugins.artifacts import cache_folder, checked
-from uad_plugins.detector import Decoded, Prediction, decode
+from uad_plugins.detector import BATCH_SIZE, READERS, Decoded, Prediction, decode
 from uad_plugins.errors import reason_of
 from uad_plugins.evaluation.thresholds import Thresholds
 from uad_plugins.imaging import RgbImage
@@ -26,6 +28,9 @@ LATENCY, THROUGHPUT = "LATENCY", "THROUGHPUT"
 PATIENCE = 120.0
 """Seconds after which a request that gives no result counts as hung."""
 
+POLL = 0.001
+"""Seconds between two looks at the younger requests while the oldest is waited for."""
+
 _ABANDONED: list[Any] = []
 """Hung requests: to release one means to wait for it."""
 
@@ -33,8 +38,9 @@ _ABANDONED: list[Any] = []
 class OpenVinoDetector(ExportedDetector):
     """Runs ``model.xml`` or ``model.onnx``.
 
-    ``infer`` runs one request at a time on all cores; ``stream`` keeps as many in flight as OpenVINO advises. Each compiles
-    the model for its purpose when it is first called. Not to be used by two threads at a time.
+    ``infer`` runs one request at a time on all cores, and so does a ``stream`` of a single image; of several it keeps twice
+    as many in flight as OpenVINO advises. Each compiles the model for its purpose when it is first called. Requests are
+    kept for the next stream, and after a queue has hung none is used again. Not to be used by two threads at a time.
 
     Args:
         path: The model file.
@@ -69,6 +75,8 @@ class OpenVinoDetector(ExportedDetector):
         self._outputs, self._threads, self._key = outputs, threads, key
         self._single: _Request | None = None
         self._compiled: Any = None
+        self._idle: list[_Request] = []
+        self._hung = False
 
     def run(self, image: RgbImage) -> tuple[float, FloatArray]:
         """Run the model; see ``ExportedDetector.run``."""
@@ -95,13 +103,14 @@ class OpenVinoDetector(ExportedDetector):
         paths: Iterable[str],
         *,
         categories: Iterable[str | None] | None = None,
-        batch_size: int = 16,
-        readers: int = 4,
+        batch_size: int = BATCH_SIZE,
+        readers: int = READERS,
     ) -> Iterator[Prediction]:
-        """Score images in the order given: decoding, resizing and inference overlap.
+        """Score images in the order given: decoding, resizing and inference overlap; a single one is scored as by ``infer``.
 
-        Memory is bounded: at most ``batch_size`` decoded images wait for inference, and each request holds one. When a
-        request hangs, the images in flight and all later ones are scored one by one, with a warning.
+        Memory is bounded: at most ``batch_size`` decoded images wait for inference, and twice as many images as there are
+        requests are under way or wait for an older one. When a request hangs, the images in flight and all later ones, of
+        later streams too, are scored one by one, with a warning.
 
         Args:
             paths: Image files.
@@ -110,73 +119,158 @@ class OpenVinoDetector(ExportedDetector):
             readers: Decoding threads.
         """
         del categories
-        remaining = iter(paths)
+        remaining: Iterator[str] = iter(paths)
+        first = list(islice(remaining, 2))
+        if len(first) < 2:
+            for path in first:
+                yield self._scored(_Flight(path, decode(path, self.image_size)))
+            return
+        remaining = chain(first, remaining)
         waiting: deque[tuple[str, Future[Decoded]]] = deque()
-        with ThreadPoolExecutor(max_workers=readers) as pool:
+        pool = self.decoders(readers)
 
-            def read_ahead() -> None:
-                for path in islice(remaining, max(batch_size, 1) - len(waiting)):
-                    waiting.append((path, pool.submit(decode, path, self.image_size)))
+        def read_ahead() -> None:
+            for path in islice(remaining, max(batch_size, 1) - len(waiting)):
+                waiting.append((path, pool.submit(decode, path, self.image_size)))
 
-            def decoded() -> Iterator[tuple[str, Decoded]]:
+        def decoded() -> Iterator[_Flight]:
+            read_ahead()
+            while waiting:
+                path, future = waiting.popleft()
+                item = future.result()
                 read_ahead()
-                while waiting:
-                    path, future = waiting.popleft()
-                    item = future.result()
-                    read_ahead()
-                    yield path, item
-
-            try:
-                yield from self._overlapped(decoded())
-            finally:
-                for _, future in waiting:
-                    future.cancel()
-
-    def _overlapped(self, images: Iterator[tuple[str, Decoded]]) -> Iterator[Prediction]:
-        if self._compiled is None:
-            self._compiled = self.compile(THROUGHPUT)
-        advised = int(self._compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
-        # Twice as many: a core that is done with an image finds the next one waiting.
-        requests = [_Request(self._compiled, self._outputs) for _ in range(2 * advised)]
-        free, flying = deque(requests), deque[tuple[str, Decoded, _Request | None]]()
-        hung = False
-
-        def land() -> Prediction:
-            """Return the prediction of the oldest image in flight."""
-            nonlocal hung
-            path, item, request = flying.popleft()
-            if item.pixels is None:
-                return Prediction(path, float("nan"), None, (0, 0), item.error)
-            if request is not None and not hung:
-                if request.wait(self.patience):
-                    free.append(request)
-                    return Prediction(path, *request.result(), item.size)
-                hung = True
-                warnings.warn(
-                    f"{self.name}: OpenVINO gave no result within {self.patience:g} s; going on one image at a time",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
-            return Prediction(path, *self.run(item.pixels), item.size)
+                yield _Flight(path, item)
 
         try:
-            for path, item in images:
-                while not free and not hung:
-                    yield land()
-                request = None if hung or item.pixels is None else free.popleft()
-                if request is not None and item.pixels is not None:
-                    request.start(item.pixels)
-                flying.append((path, item, request))
-                while flying and (hung or flying[0][2] is None or flying[0][2].wait(0)):
-                    yield land()
-            while flying:
-                yield land()
+            yield from self._overlapped(decoded())
         finally:
-            if hung:
-                _ABANDONED.extend(requests)
-            for _, _, request in flying:
-                if request is not None and not hung:
-                    request.wait(self.patience)
+            for _, future in waiting:
+                future.cancel()
+
+    def _overlapped(self, images: Iterator[_Flight]) -> Iterator[Prediction]:
+        """Yield a prediction for each image, in order, with as many requests under way as there are."""
+        queue = _Queue([] if self._hung else self._take_requests())
+        try:
+            for flight in images:
+                while queue.working and not queue.takes(flight):
+                    self._await(queue)
+                    yield from map(self._scored, queue.landed())
+                if queue.working:
+                    queue.add(flight)
+                    queue.collect()
+                    yield from map(self._scored, queue.landed())
+                else:
+                    yield self._scored(flight)
+            while queue.flying:
+                self._await(queue)
+                yield from map(self._scored, queue.landed())
+        finally:
+            if not queue.working:
+                _ABANDONED.extend(queue.requests)
+            elif queue.finish(self.patience):
+                # For the next stream. One that began before this one ended has made its own.
+                self._idle = queue.requests
+
+    def _take_requests(self) -> list[_Request]:
+        if self._compiled is None:
+            self._compiled = self.compile(THROUGHPUT)
+        taken, self._idle = self._idle, []
+        if not taken:
+            advised = int(self._compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
+            # Twice as many: a core that is done with an image finds the next one waiting.
+            taken = [_Request(self._compiled, self._outputs) for _ in range(2 * advised)]
+        return taken
+
+    def _await(self, queue: _Queue) -> None:
+        """Wait until an image has landed, or the queue counts as hung: then all of them count as landed, without result."""
+        if queue.wait(self.patience):
+            return
+        self._hung = True
+        queue.abandon()
+        warnings.warn(
+            f"{self.name}: OpenVINO gave no result within {self.patience:g} s; going on one image at a time",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+    def _scored(self, flight: _Flight) -> Prediction:
+        if flight.item.pixels is None:
+            return Prediction(flight.path, float("nan"), None, (0, 0), flight.item.error)
+        score, anomaly_map = flight.result or self.run(flight.item.pixels)
+        return Prediction(flight.path, score, anomaly_map, flight.item.size)
+
+
+@dataclass
+class _Flight:
+    """An image on its way: decoded, with a request while that works on it, with a result after that."""
+
+    path: str
+    item: Decoded
+    request: _Request | None = None
+    result: tuple[float, FloatArray] | None = None
+
+
+class _Queue:
+    """Requests and the images that they work on; results leave in the order of the images.
+
+    A request is free as soon as it has finished, whatever the older ones do.
+    """
+
+    def __init__(self, requests: list[_Request]) -> None:
+        self.requests = requests
+        self.working = bool(requests)
+        self.free = deque(requests)
+        self.flying: deque[_Flight] = deque()
+
+    def takes(self, flight: _Flight) -> bool:
+        """Tell whether there is room: results that wait for an older one take memory too."""
+        return len(self.flying) < 2 * len(self.requests) and (flight.item.pixels is None or bool(self.free))
+
+    def add(self, flight: _Flight) -> None:
+        """Start an image."""
+        if flight.item.pixels is not None:
+            flight.request = self.free.popleft()
+            flight.request.start(flight.item.pixels)
+        self.flying.append(flight)
+
+    def collect(self) -> bool:
+        """Free the requests that have finished; tell whether there was one."""
+        before = len(self.free)
+        for flight in self.flying:
+            if flight.request is not None and flight.request.wait(0):
+                flight.result = flight.request.result()
+                self.free.append(flight.request)
+                flight.request = None
+        return len(self.free) > before
+
+    def wait(self, patience: float) -> bool:
+        """Wait until a request has finished; tell whether one did within that many seconds."""
+        end = time.monotonic() + patience
+        while not self.collect():
+            oldest = next((flight.request for flight in self.flying if flight.request is not None), None)
+            if oldest is None:
+                return True
+            if time.monotonic() >= end:
+                return False
+            oldest.wait(POLL)
+        return True
+
+    def landed(self) -> Iterator[_Flight]:
+        """Yield the oldest images as long as nothing works on them any more."""
+        while self.flying and self.flying[0].request is None:
+            yield self.flying.popleft()
+
+    def abandon(self) -> None:
+        """Give up all that has not landed, and the requests."""
+        self.working = False
+        for flight in self.flying:
+            flight.request = None
+
+    def finish(self, patience: float) -> bool:
+        """Wait for what is under way and drop it; tell whether all requests are free."""
+        under_way = [flight.request for flight in self.flying if flight.request is not None]
+        self.flying.clear()
+        return all(request.wait(patience) for request in under_way)
 
 
 class _Request:

@@ -42,14 +42,14 @@ def _open_onnxruntime(path: Path) -> Detector | None:
 
 
 def _open_tensorrt(path: Path) -> Detector | None:
-    from uad_plugins.deployment.bundle import Bundle, is_bundle
+    from uad_plugins.deployment.bundle import Bundle, is_bundle, read_manifest
 
-    bundle = Bundle.open(path) if is_bundle(path) else None
-    if bundle is None or bundle.manifest.target != "tensorrt-jetson":
+    # The manifest alone: what is another engine's need not be read from end to end twice.
+    if not is_bundle(path) or read_manifest(path).target != "tensorrt-jetson":
         return None
     from uad_plugins.runtime.tensorrt_detector import TensorRtDetector
 
-    return TensorRtDetector(bundle)
+    return TensorRtDetector(Bundle.open(path))
 
 
 @hookimpl

@@ -5,6 +5,7 @@ No engine has been built on a device yet; this is checked against TensorRT's rea
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 from contextlib import ExitStack
@@ -12,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pycuda.driver as cuda
 
 from uad_plugins.artifacts import cache_folder
 from uad_plugins.deployment.bundle import Bundle
@@ -22,7 +24,7 @@ from uad_plugins.deployment.jetson.uadx_jetson.files import RunnerError
 from uad_plugins.deployment.jetson.uadx_jetson.imaging import Normaliser
 from uad_plugins.deployment.jetson.uadx_jetson.inference import Session
 from uad_plugins.detector import Detector
-from uad_plugins.errors import UadxError
+from uad_plugins.errors import EngineError, UadxError
 from uad_plugins.imaging import RgbImage
 from uad_plugins.runtime.exported import FloatArray
 
@@ -38,7 +40,7 @@ class TensorRtDetector(Detector):
         bundle: The bundle.
 
     Raises:
-        UadxError: There is no GPU, or TensorRT cannot build or load the engine.
+        EngineError: There is no GPU, or TensorRT cannot build or load the engine.
     """
 
     engine = "tensorrt"
@@ -48,16 +50,17 @@ class TensorRtDetector(Detector):
         self.categories = bundle.manifest.categories
         self.image_size = bundle.manifest.image_size
         self.thresholds = bundle.thresholds
-        self._held = ExitStack()
         try:
-            known = read_bundle(bundle.folder)
-            files = EngineFiles(_engine_folder(bundle))
-            ensure_engine(known, files, self._held.enter_context(gpu()), lambda line: warnings.warn(line, stacklevel=2))
-            self._session = self._held.enter_context(Session(load_engine(files), known))
-            self._normaliser = Normaliser(known)
+            # In a block, so that the context of the GPU is given back whatever happens, and says what CUDA complains of.
+            with ExitStack() as held:
+                known = read_bundle(bundle.folder)
+                files = EngineFiles(_engine_folder(bundle))
+                ensure_engine(known, files, held.enter_context(gpu()), lambda line: warnings.warn(line, stacklevel=2))
+                self._session = held.enter_context(Session(load_engine(files), known))
+                self._normaliser = Normaliser(known)
+                self._held = held.pop_all()
         except RunnerError as error:
-            self._held.close()
-            raise UadxError(f"{bundle.name}: {error}", ON_THE_DEVICE) from None
+            raise EngineError(f"{bundle.name}: {error}", ON_THE_DEVICE) from None
 
     def infer(self, images: RgbImage) -> tuple[FloatArray, FloatArray]:
         """Score a batch; see ``Detector.infer``. While one image is on the device the next is copied there."""
@@ -71,13 +74,18 @@ class TensorRtDetector(Detector):
                     scores[done], maps[done] = lane.fetch()
                 if index < len(images):
                     lane.submit(partial(self._normaliser.fill, images[index]))
+        except cuda.Error as error:
+            raise UadxError(f"{self.name}: CUDA: {error}", ON_THE_DEVICE) from None
         except RunnerError as error:
             raise UadxError(f"{self.name}: {error}", ON_THE_DEVICE) from None
         return scores, maps
 
     def close(self) -> None:
-        """Give the device's memory back."""
-        self._held.close()
+        """Give the device's memory and its context back."""
+        super().close()
+        # After an error of CUDA nothing works any more; why was said when it happened.
+        with contextlib.suppress(RunnerError):
+            self._held.close()
 
 
 def _engine_folder(bundle: Bundle) -> Path:

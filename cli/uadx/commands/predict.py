@@ -45,7 +45,7 @@ def predict(
     An image that cannot be read gets an error in its row, the others go on, and the exit status is 1.
     """
     if watch is not None:
-        _watch(run, paths, watch, out, category, engine, as_json)
+        _watch(run, paths, watch, out, category, batch_size, engine, as_json)
         return
     from uad_plugins.artifacts import write_text
     from uad_plugins.detector import open_detector
@@ -88,6 +88,7 @@ def _watch(
     folder: Path,
     out: Path | None,
     category: str | None,
+    batch_size: int,
     engine: str | None,
     as_json: bool,
 ) -> None:
@@ -100,7 +101,7 @@ def _watch(
     if out is None:
         raise UsageError("no folder to write the results to", "add --out DIR")
     with open_detector(run, engine) as detector, _stopping() as stop:
-        watch = Watch(folder.expanduser(), out.expanduser(), category, stop, tell=note)
+        watch = Watch(folder.expanduser(), out.expanduser(), category, stop, batch_size=batch_size, tell=note)
         note(f"watching {folder}; results: {out / 'predictions.jsonl'}")
         count = 0
         for row in watch.run(detector):
@@ -137,7 +138,5 @@ def _show(row: dict[str, Any]) -> None:
 
     if row["error"] is not None:
         say(f"{'error':<9}  {'':>18}  {row['path']}: {row['error']}")
-    elif row["threshold"] is None:
-        say(f"{row['verdict']:<9}  {row['score']:>18.4g}  {row['path']}")
     else:
         say(f"{row['verdict']:<9}  {describe(row['score'], row['threshold']):>18}  {row['path']}")

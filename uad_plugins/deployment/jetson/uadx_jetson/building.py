@@ -62,7 +62,7 @@ def strongly_typed() -> bool:
     return not hasattr(trt.BuilderFlag, "FP16")
 
 
-def build_plan(onnx: Path, engine: Path, options: BuildOptions, timing_cache: Path, note: Note) -> Plan:
+def build_plan(onnx: Path, engine: Path, options: BuildOptions, timing_cache: Path, note: Note, base: Path) -> Plan:
     """Build an engine.
 
     Args:
@@ -71,6 +71,7 @@ def build_plan(onnx: Path, engine: Path, options: BuildOptions, timing_cache: Pa
         options: What to build.
         timing_cache: File with timings of earlier builds; read if it fits, and written.
         note: Told what the user should know.
+        base: Folder in which the ``trtexec`` line is to be run: what lies below it is named from there.
 
     Raises:
         RunnerError: TensorRT cannot parse the network or build it, or there is no such DLA core.
@@ -96,7 +97,14 @@ def build_plan(onnx: Path, engine: Path, options: BuildOptions, timing_cache: Pa
     if content is None:
         raise RunnerError(f"{onnx}: TensorRT {trt.__version__} could not build an engine; its messages are above")
     write_atomically(timing_cache, config.get_timing_cache().serialize())
-    return Plan(content, trtexec_line(onnx, engine, options, timing_cache, quantized, head))
+    places = [_below(path, base) for path in (onnx, engine, timing_cache)]
+    return Plan(content, trtexec_line(places[0], places[1], options, places[2], quantized, head))
+
+
+def _below(path: Path, base: Path) -> Path:
+    """Return a path as seen from a folder: a bundle may be moved, and its engine with it."""
+    path, base = path.resolve(), base.resolve()
+    return path.relative_to(base) if base in path.parents else path
 
 
 def _network_flags() -> int:

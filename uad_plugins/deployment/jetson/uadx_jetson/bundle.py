@@ -3,6 +3,7 @@
 The keys read here, of which the bundle may have more::
 
     "schema": "uadx.bundle/1"
+    "seal": "..."                                               SHA-256 of bundle.json with 64 zeros in its place
     "onnx": "model.onnx"                                        a name that "files" has too
     "input": {"name": "input", "shape": [1, 3, 256, 256]}       float32, normalised
     "outputs": {"score": "score", "map": "map"}                 names in the ONNX file
@@ -16,6 +17,7 @@ The keys read here, of which the bundle may have more::
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -27,6 +29,7 @@ from .files import RunnerError, sha256_of
 
 MANIFEST = "bundle.json"
 SCHEMA = "uadx.bundle/1"
+UNSEALED = b"0" * 64
 
 
 @dataclass(frozen=True)
@@ -79,14 +82,15 @@ def read_bundle(folder: Path) -> Bundle:
     """Read and check a bundle.
 
     Raises:
-        RunnerError: It is no bundle or of another schema, a file is missing or changed, or the manifest asks for something
-            that this runner does not do.
+        RunnerError: It is no bundle or of another schema, the manifest or a file has changed or is missing, or the manifest
+            asks for something that this runner does not do.
     """
     if folder.suffix == ".zip" and folder.is_file():
         raise RunnerError(f"{folder}: unpack the bundle first: python3 -m zipfile -e {folder.name} {folder.stem}")
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        raw = path.read_bytes()
+        manifest = json.loads(raw.decode("utf-8"))
     except OSError as error:
         raise RunnerError(f"{folder}: not a bundle ({MANIFEST}: {error.strerror or error})") from None
     except ValueError as error:
@@ -95,6 +99,9 @@ def read_bundle(folder: Path) -> Bundle:
         raise RunnerError(f"{path}: not the manifest of a bundle")
     if manifest["schema"] != SCHEMA:
         raise RunnerError(f"{path}: schema '{manifest['schema']}' is not known here; this runner reads '{SCHEMA}'")
+    seal = str(manifest.get("seal"))
+    if hashlib.sha256(raw.replace(seal.encode("utf-8"), UNSEALED, 1)).hexdigest() != seal:
+        raise RunnerError(f"{path}: is not what was bundled: its content has changed; copy the bundle again")
     try:
         hashes = _verified(folder, manifest["files"])
         return _parsed(folder, manifest, hashes)

@@ -80,11 +80,11 @@ def ensure_engine(
     if reason is None:
         return False
     note(f"building the engine ({reason}); this takes minutes on a small device")
-    plan = build_plan(bundle.onnx, files.engine, options, files.timing_cache, note)
+    plan = build_plan(bundle.onnx, files.engine, options, files.timing_cache, note, bundle.folder)
     write_atomically(files.engine, plan.content)
     write_json(files.sidecar, {**wanted, "engine_sha256": sha256_of(files.engine), "trtexec": plan.trtexec})
     note(f"engine: {files.engine}")
-    note(f"the same with trtexec: {plan.trtexec}")
+    note(f"the same with trtexec, in {bundle.folder}: {plan.trtexec}")
     return True
 
 

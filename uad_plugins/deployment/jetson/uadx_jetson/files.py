@@ -40,7 +40,7 @@ def write_atomically(path: Path, content: Any) -> None:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix="." + path.name + ".", suffix=".part", dir=str(path.parent))
+        handle, name = tempfile.mkstemp(prefix="." + path.name[:32] + ".", suffix=".part", dir=str(path.parent))
         temporary = Path(name)
         with os.fdopen(handle, "wb") as file:
             file.write(content)

@@ -70,7 +70,10 @@ def _reason(path: str, error: Exception) -> str:
     if isinstance(error, PermissionError):
         return "permission denied"
     if isinstance(error, UnidentifiedImageError):
-        return "empty file" if Path(path).stat().st_size == 0 else "not an image of a known format"
+        try:
+            return "empty file" if Path(path).stat().st_size == 0 else "not an image of a known format"
+        except OSError:
+            return "is not there any more"
     return "cannot be decoded: " + (str(error).splitlines()[0] if str(error) else type(error).__name__)
 
 

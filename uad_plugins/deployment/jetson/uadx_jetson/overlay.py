@@ -13,6 +13,9 @@ from PIL import Image
 
 from .files import write_atomically
 
+STRIP = 1 << 16
+"""Pixels that are blended at once."""
+
 # Place on the scale, and colour: blue over yellow to red.
 _SCALE = np.array(
     [
@@ -38,12 +41,16 @@ def overlay(image: Image.Image, anomaly_map: Any, threshold: float | None) -> Im
     """
     smooth = Image.BILINEAR  # type: ignore[attr-defined]
     scaled = Image.fromarray(_relative(anomaly_map, threshold)).resize(image.size, smooth)
-    heat = np.asarray(scaled, dtype=np.float32)
-    weight = (0.75 * np.clip((heat - 0.2) / 0.4, 0, 1))[..., None]
-    shown = np.clip(heat, 0, 1)
-    colours = np.stack([np.interp(shown, _SCALE[:, 0], _SCALE[:, channel]) for channel in (1, 2, 3)], axis=-1)
-    blended = np.asarray(image, dtype=np.float32) * (1 - weight) + colours.astype(np.uint8) * weight
-    return Image.fromarray(blended.astype(np.uint8))
+    warmth, pixels = np.asarray(scaled), np.array(image)
+    # In strips: what a whole photograph takes in floating point is more than the device has to spare.
+    rows = max(1, STRIP // image.width)
+    for top in range(0, image.height, rows):
+        heat, strip = warmth[top : top + rows], pixels[top : top + rows]
+        weight = (0.75 * np.clip((heat - 0.2) / 0.4, 0, 1))[..., None]
+        shown = np.clip(heat, 0, 1)
+        colours = np.stack([np.interp(shown, _SCALE[:, 0], _SCALE[:, channel]) for channel in (1, 2, 3)], axis=-1)
+        strip[:] = strip.astype(np.float32) * (1 - weight) + colours.astype(np.uint8) * weight
+    return Image.fromarray(pixels)
 
 
 def _relative(anomaly_map: Any, threshold: float | None) -> Any:

@@ -11,15 +11,17 @@ import pytest
 import torch
 from networks import core, module, noise, quantized, students
 
-from uad_plugins.artifacts import sha256_of
+from uad_plugins.artifacts import Run, sha256_of
+from uad_plugins.config import model_plugin
 from uad_plugins.errors import UadxError, UsageError
-from uad_plugins.quantization.core import Preprocessing, recalibrate
+from uad_plugins.quantization import nncf_qat
+from uad_plugins.quantization.core import Preprocessing, build_core, recalibrate
 from uad_plugins.quantization.nncf_qat import QatModule
 from uad_plugins.quantization.options import QatOptions
 from uad_plugins.quantization.quantize import Order, quantize
 from uad_plugins.quantization.referee import AGAINST_FP32, TRAINED, Agreement
 from uad_plugins.quantization.scope import TorchGraph
-from uad_plugins.quantization.torch_quantization import hooks, student_scales
+from uad_plugins.quantization.torch_quantization import hooks, load_quantized, student_scales
 from uad_plugins.quantized import Quantized
 from uad_plugins.training.checkpointing import AtomicCheckpointIO
 
@@ -132,6 +134,33 @@ def test_the_best_epoch_is_kept_and_better_than_calibration(unbroken):
     assert not (out / "work").exists()
     assert not any(cases for rules in manifest.audit.values() for cases in rules.values())
     assert len(manifest.agreement) == 5
+
+
+def test_the_trained_network_is_restored_bit_for_bit(run, tmp_path, monkeypatch):
+    """What was trained, what lies in the checkpoint of the best epoch, and what is kept are the same network."""
+    seen = {}
+    whole = nncf_qat._fit
+
+    def fit(request, module, data):
+        seen["calibrated"] = {name: value.detach().clone() for name, value in module.core.named_parameters()}
+        result = whole(request, module, data)
+        seen["module"] = module
+        return result
+
+    monkeypatch.setattr(nncf_qat, "_fit", fit)
+    manifest = quantize(Order(run, tmp_path / "q", "nncf-qat", samples=6, options={**FAST, "epochs": 2}))
+    assert manifest.details["best_epoch"] == 2
+    trained, image = seen["module"].core.eval(), noise(1, seed=3)[0]
+    moved = {n for n, v in trained.named_parameters() if not torch.equal(v, seen["calibrated"][n])}
+    assert moved & seen["module"].scales
+    opened = Run.open(run)
+    fresh = build_core(model_plugin("stfpm").load(opened.checkpoint, opened.config()), (64, 64))
+    kept = load_quantized(fresh, tmp_path / "q" / "quantized.ckpt")
+    with torch.no_grad():
+        assert all(torch.equal(one, other) for one, other in zip(trained(image), kept(image), strict=True))
+    state, expected = kept.state_dict(), trained.state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], expected[name]) for name in state)
 
 
 class Killed(BaseException):

@@ -371,6 +371,33 @@ def test_openvino_rules_find_a_quantized_head_and_float_weights(tmp_path):
     assert findings["coverage"]
 
 
+def test_openvino_rules_find_arithmetic_on_a_quantized_activation(tmp_path):
+    model = ModelProto()
+    model.CopyFrom(exported("stfpm", "openvino"))
+    graph = OnnxGraph.of(model)
+    name = graph.convolutions()[0]
+    node = next(node for node in model.graph.node if node.output[0] == name)
+    model.graph.node.insert(list(model.graph.node).index(node), helper.make_node("Sigmoid", [node.input[0]], ["squashed"]))
+    node.input[0] = "squashed"
+    onnx.save(model, tmp_path / "model.onnx")
+    findings = openvino_rules.check(openvino.convert_model(tmp_path / "model.onnx"))
+    assert [line.rpartition(": ")[2] for line in findings["consumers"]] == ["feeds Sigmoid"]
+
+
+def test_openvino_rules_find_a_shape_that_is_not_fixed(tmp_path):
+    onnx.save(exported("stfpm", "openvino"), tmp_path / "model.onnx")
+    model = openvino.convert_model(tmp_path / "model.onnx")
+    assert openvino_rules.check(model)["static shapes"] == []
+    model.reshape([-1, 3, SIDE, SIDE])
+    assert "images: its shape is not fixed" in openvino_rules.check(model)["static shapes"]
+
+
+def test_every_openvino_rule_is_broken_by_a_test():
+    """Those of the three tests above."""
+    broken = {"float head", "quantized", "coverage", "consumers", "static shapes"}
+    assert broken == {*openvino_rules.RULES, "coverage", "static shapes"}
+
+
 def test_the_skip_branch_is_the_one_with_fewer_convolutions():
     """Written the other way round, the addition of a projecting block is understood as well."""
     for first_port, second_port in ((0, 1), (1, 0)):

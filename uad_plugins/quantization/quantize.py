@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -215,17 +215,19 @@ def _judge(
     findings = auditing.audit(folder, result)
     complaints = auditing.wrong(findings)
     candidates = engines(folder, manifest)
+    judges = judging(list(candidates), manifest.profile)
     agreements: dict[str, Any] = {}
     for name, candidate in candidates.items():
         agreement = compare(reference, candidate, judged_on)
         agreements[name] = agreement.as_dict()
         limits = TRAINED if result.trained else AGAINST_FP32[result.precision]
-        complaints += [f"{name} against FP32: {line}" for line in agreement.wrong(limits)]
+        complaints += [f"{name} against FP32: {line}" for line in agreement.wrong(limits)] if name in judges else []
     names = list(candidates)
     for name in names[1:]:
         agreement = compare(candidates[names[0]], candidates[name], judged_on)
         agreements[f"{names[0]} and {name}"] = agreement.as_dict()
-        complaints += [f"{names[0]} against {name}: {line}" for line in agreement.wrong(ENGINES)]
+        if name in judges:
+            complaints += [f"{names[0]} against {name}: {line}" for line in agreement.wrong(ENGINES)]
     detector = candidates[names[0]]
     size = _sizes(request, manifest)
     manifest = manifest.model_copy(update={"audit": findings, "agreement": agreements, "size": size})
@@ -252,7 +254,7 @@ def _judge(
 
 
 def engines(folder: Path, manifest: QuantizedManifest) -> dict[str, Detector]:
-    """Return a detector for each file and engine; the one that will be used comes first."""
+    """Return a detector for each file and engine; the one that thresholds and AUROC come from is the first."""
     from uad_plugins.runtime.onnxruntime_detector import OnnxRuntimeDetector
 
     found: dict[str, Detector] = {}
@@ -266,7 +268,18 @@ def engines(folder: Path, manifest: QuantizedManifest) -> dict[str, Detector]:
         found["onnxruntime model.onnx"] = OnnxRuntimeDetector(
             folder / "model.onnx", manifest, NO_THRESHOLDS, str(folder), literal=True
         )
-    return found
+    judges = judging(list(found), manifest.profile)
+    return {name: found[name] for name in [*judges, *(name for name in found if name not in judges)]}
+
+
+def judging(names: Sequence[str], profile: str) -> list[str]:
+    """Return the engines whose disagreement rejects a result; what the others say is recorded.
+
+    A graph for TensorRT is judged by ONNX Runtime, node by node: it has no reserve for the 8-bit sums of processors without
+    VNNI, which saturate in OpenVINO and not on the device that it is for.
+    """
+    literal = [name for name in names if name.startswith("onnxruntime")]
+    return literal if profile == "tensorrt" and literal else list(names)
 
 
 def _sizes(request: QuantizationRequest, manifest: QuantizedManifest) -> dict[str, Any]:

@@ -3,9 +3,10 @@
     python benchmarks/runtime.py RUN IMAGES [--quantized Q] [--images 500] [--repeats 3] [--soak 50000] [--out FILE]
 
 RUN is a trained run (STFPM for the comparison with anomalib), IMAGES a folder. The run is deployed as FP32, Q as INT8. Each
-measurement is a process of its own, the order alternates, and the medians over the repeats count. The limit is what
-``AsyncInferQueue`` reaches on tensors that lie in memory, and ``benchmark_app`` on the same file; the peer is anomalib's own
-export of the same weights (which needs ``onnxscript``), run by its inferencer on the same files.
+measurement is a process of its own, the order alternates, and the medians over the repeats count. A stream is timed whole,
+from asking for it to its last result, after another one has warmed up. The limit is what ``AsyncInferQueue`` reaches on
+tensors that lie in memory, and ``benchmark_app`` on the same file; the peer is anomalib's own export of the same weights
+(which needs ``onnxscript``), run by its inferencer on the same files.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from pathlib import Path
 import numpy as np
 
 STARTED = time.perf_counter()
+WARM_UP = 32
 
 
 def resident():
@@ -50,19 +52,25 @@ def throughput(bundle, folder, count):
     """Ours, many images: files to score and map."""
     from uad_plugins.runtime import Detector
 
-    files = files_of(folder, count + 1)
+    files = files_of(folder, count)
     detector = Detector(bundle)
-    stream = detector.stream(files)
-    next(stream)
-    first, gaps, last = time.perf_counter() - STARTED, [], time.perf_counter()
-    started, before = last, resident()
-    for _ in stream:
-        now = time.perf_counter()
-        gaps.append(now - last)
-        last = now
-    rate = count / (last - started)
+    warming = detector.stream(files_of(folder, WARM_UP))
+    next(warming)
+    first = time.perf_counter() - STARTED
+    drain(warming)
+    before = resident()
+    times = drain(detector.stream(files))
     memory = {"before": before, "after": resident()}
+    gaps = np.diff(times[1:])
+    rate = count / (times[-1] - times[0])
     return {"images_per_s": rate, "between_results": percentiles(gaps), "first_result_s": first, "rss_mb": memory}
+
+
+def drain(stream):
+    """Take all of a stream; return when that began, and when each result came."""
+    times = [time.perf_counter()]
+    times.extend(time.perf_counter() for _ in stream)
+    return times
 
 
 def latency(bundle, folder, count):
@@ -87,13 +95,9 @@ def in_memory(bundle, folder, count):
 
     detector = Detector(bundle)
     pixels = [decode(file, detector.image_size).pixels for file in files_of(folder, 16)]
-    stream = detector.stream(itertools.islice(itertools.cycle(pixels), count + 8))
-    for _ in range(8):
-        next(stream)
-    started = time.perf_counter()
-    for _ in stream:
-        pass
-    return {"images_per_s": count / (time.perf_counter() - started)}
+    drain(detector.stream(itertools.islice(itertools.cycle(pixels), WARM_UP)))
+    times = drain(detector.stream(itertools.islice(itertools.cycle(pixels), count)))
+    return {"images_per_s": count / (times[-1] - times[0])}
 
 
 def decoding(bundle, folder, count):
@@ -247,6 +251,10 @@ PARTS = {
 }
 
 
+APP = {f"benchmark_app {hint}": hint for hint in ("throughput", "latency")}
+"""OpenVINO's own measurements, repeated like ours."""
+
+
 def part(name, model, folder, count):
     """Run one measurement in a process of its own."""
     words = [sys.executable, __file__, "--part", name, str(model), str(folder), "--images", str(count)]
@@ -282,19 +290,23 @@ def measure(arguments, work):
     peer_model = None if arguments.no_peer else export_peer(arguments.model, work / "anomalib")
     ours = [name for name in PARTS if name not in {"peer", "peer_f32", "soak"}]
     jobs = [(f"{kind} {name}", name, bundle) for kind, bundle in bundles.items() for name in ours]
+    jobs += [(f"{kind} {name}", name, bundle) for kind, bundle in bundles.items() for name in APP]
     jobs += [("anomalib f32", "peer_f32", peer_model), ("anomalib as it is", "peer", peer_model)] if peer_model else []
     results = {}
     for repeat in range(arguments.repeats):
         for label, name, model in jobs if repeat % 2 == 0 else jobs[::-1]:
             if name in {"layers", "decoding"} and repeat:
                 continue
-            results.setdefault(label, []).append(part(name, model, arguments.folder, arguments.images))
-            print(label, results[label][-1], file=sys.stderr, flush=True)
+            if name in APP:
+                found = benchmark_app(model, APP[name], arguments.seconds)
+            else:
+                found = part(name, model, arguments.folder, arguments.images)
+            if found is not None:
+                results.setdefault(label, []).append(found)
+            print(label, found, file=sys.stderr, flush=True)
     report = {"processors": os.cpu_count(), "images": arguments.images}
     report |= {label: median(found) for label, found in results.items()}
     for kind, bundle in bundles.items():
-        for hint in ("throughput", "latency"):
-            report[f"{kind} benchmark_app {hint}"] = benchmark_app(bundle, hint, arguments.seconds)
         if arguments.soak:
             report[f"{kind} soak"] = part("soak", bundle, arguments.folder, arguments.soak)
     report["ratios"] = ratios(report, bundles)
@@ -305,7 +317,7 @@ def ratios(report, bundles):
     """What the figures are wanted for."""
     found = {}
     for kind in bundles:
-        app = {hint: report[f"{kind} benchmark_app {hint}"] for hint in ("throughput", "latency")}
+        app = {hint: report.get(f"{kind} {name}") for name, hint in APP.items()}
         rate, slow = report[f"{kind} throughput"]["images_per_s"], report[f"{kind} latency"]["p50_ms"]
         found[f"{kind} throughput / queue on tensors"] = rate / report[f"{kind} limit_throughput"]["images_per_s"]
         decoded = report[f"{kind} decoding"]["p50_ms"]

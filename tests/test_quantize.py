@@ -16,11 +16,13 @@ from runs import small_run
 from typer.testing import CliRunner
 from uadx.app import app
 
+from uad_plugins import quickstart
 from uad_plugins.artifacts import Run, read_json, write_json
 from uad_plugins.config import model_plugin
 from uad_plugins.data.layouts import scan
 from uad_plugins.data.products.synthesis import synthesize
 from uad_plugins.data.samples import Sample, SampleTable, hold_out
+from uad_plugins.deployment.bundle import Bundle
 from uad_plugins.detector import open_detector
 from uad_plugins.errors import UadxError, UsageError
 from uad_plugins.evaluation.thresholds import thresholds_from_samples
@@ -510,7 +512,9 @@ def test_the_overflow_fix_goes_by_the_processor(monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_quickstart_includes_int8(tmp_path):
+def test_the_quickstart_includes_int8_and_a_bundle(tmp_path, monkeypatch):
+    results, real = [], quickstart.run_quickstart
+    monkeypatch.setattr(quickstart, "run_quickstart", lambda *a, **k: results.append(real(*a, **k)) or results[0])
     done = command("quickstart", "--out", tmp_path / "out", "--epochs", "1", "--image-size", "64", "--json")
     assert done.exit_code == 0, done.stderr
     document = json.loads(done.stdout)
@@ -518,6 +522,28 @@ def test_the_quickstart_includes_int8(tmp_path):
     assert document["int8"]["auroc"]["mean"]["image_auroc"]["fp32"] == pytest.approx(document["mean"]["image_auroc"])
     assert Quantized.open(tmp_path / "out" / "int8").manifest().precision == "int8"
     assert "FP32 beside INT8" in (tmp_path / "out" / "report.html").read_text()
+    bundle = Bundle.open(tmp_path / "out" / "bundle").manifest
+    assert document["bundle"] == json.loads(bundle.model_dump_json(by_alias=True))
+    assert (bundle.target, bundle.precision, bundle.metrics["verified_on"]) == ("openvino-cpu", "int8", "held-out images")
+    example = document["example"]
+    assert example["engine"] == "openvino"
+    with open_detector(tmp_path / "out" / "int8") as detector:
+        (found,) = detector.stream([example["path"]])
+    assert example["score"] == pytest.approx(found.score, rel=1e-3)
+    assert example["threshold"] == bundle.thresholds.categories[example["category"]].value
+    assert example["verdict"] in {"normal", "anomalous"}
+    assert {"deploy", "quantize"} <= set(document["seconds"])
+    assert "5/5  deploying the INT8 model as a bundle for CPUs, run without torch" in done.stderr
+
+    monkeypatch.setattr(quickstart, "run_quickstart", lambda *_, **__: results[0])
+    done = command("quickstart", "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.stderr
+    assert f"bundle     {tmp_path / 'out' / 'bundle'}: int8 for openvino-cpu, " in done.stdout
+    assert "(openvino, without torch)" in done.stdout
+    assert done.stdout.splitlines()[-2:] == [
+        "  uadx deploy INT8 --target openvino-cpu --out BUNDLE",
+        "  uadx predict BUNDLE IMAGES --category CATEGORY --out MAPS",
+    ]
 
 
 def test_the_placement_oracle_compares_where_it_is_installed(small, tmp_path):

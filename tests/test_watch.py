@@ -205,10 +205,13 @@ def test_what_is_gone_for_long_is_forgotten(bundle, tmp_path):
     with Running(bundle, folder, tmp_path / "out", memory=0.2) as running:
         until(lambda: len(running.rows) == 2)
         kept = (folder / "0.png").rename(tmp_path / "kept.png")
-        time.sleep(0.8)
+        for number in (2, 3):
+            time.sleep(0.3)
+            picture(folder / f"{number}.png", number)
+            until(lambda wanted=number: len(running.rows) == wanted + 1)
         kept.rename(folder / "0.png")
-        until(lambda: len(running.rows) == 3)
-    assert Path(running.rows[2]["path"]).name == "0.png"
+        until(lambda: len(running.rows) == 5)
+    assert Path(running.rows[4]["path"]).name == "0.png"
 
 
 def test_a_folder_that_cannot_be_read_hides_no_other(bundle, tmp_path, monkeypatch):

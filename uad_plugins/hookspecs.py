@@ -273,7 +273,8 @@ class RuntimePlugin:
         name: What ``--engine`` takes.
         summary: One line for listings.
         open: Folder of a station (run, quantized model or bundle), or file of a zipped bundle -> a ``Detector``; None when
-            this engine does not take that kind.
+            this engine does not take that kind. Raises ``EngineError`` when it does and cannot be used on this machine: the
+            next engine is asked, unless the user has named this one.
         requires: What must be installed on the machine that runs it.
         priority: Decides between engines that can open the same folder; higher wins.
     """

@@ -14,19 +14,37 @@ from typing import Any
 from uad_plugins.config import recipe_path, resolve
 from uad_plugins.data.layouts import scan
 from uad_plugins.data.products.synthesis import synthesize
+from uad_plugins.data.samples import ANOMALOUS
+from uad_plugins.deployment.manifest import BundleManifest
 from uad_plugins.detector import open_detector
 from uad_plugins.errors import UadxError
 from uad_plugins.evaluation.evaluate import Evaluation, evaluate
 from uad_plugins.evaluation.report import write_report
 from uad_plugins.quantized import QuantizedManifest
+from uad_plugins.runtime import Detector
 from uad_plugins.training.train import train
 
 MARK = ".uadx-quickstart"
 
 
 @dataclass(frozen=True)
+class Example:
+    """What the bundle says of one defective test image."""
+
+    path: str
+    category: str
+    score: float
+    threshold: float | None
+    verdict: str
+    engine: str
+
+
+@dataclass(frozen=True)
 class Quickstart:
-    """Where everything was written, and what was measured; ``int8`` is None without OpenVINO and NNCF."""
+    """Where everything was written, and what was measured.
+
+    ``int8``, ``bundle`` and ``example`` are None without OpenVINO and NNCF.
+    """
 
     data: Path
     run: Path
@@ -34,6 +52,8 @@ class Quickstart:
     evaluation: Evaluation
     seconds: dict[str, float]
     int8: QuantizedManifest | None = None
+    bundle: BundleManifest | None = None
+    example: Example | None = None
 
 
 def run_quickstart(
@@ -44,7 +64,7 @@ def run_quickstart(
     side: int | None = None,
     tell: Callable[[str], None],
 ) -> Quickstart:
-    """Make products, train one model on all of them, evaluate it, write heat maps and a report.
+    """Make products, train one model on all of them, evaluate, quantize and deploy it, write heat maps and a report.
 
     Args:
         out: Folder for everything.
@@ -79,9 +99,10 @@ def run_quickstart(
         yield
         seconds[name] = time.monotonic() - started
 
-    data, run, int8 = out / "data", out / "run", None
+    data, run = out / "data", out / "run"
+    int8, bundle, example = None, None, None
     quantizing = all(importlib.util.find_spec(name) is not None for name in ("openvino", "nncf", "onnx", "onnxruntime"))
-    steps = 4 if quantizing else 3
+    steps = 5 if quantizing else 3
     with step(
         "synthesize", f"1/{steps}  drawing three products: good parts to learn from, good and defective ones to test on"
     ):
@@ -97,10 +118,15 @@ def run_quickstart(
             "input": f"{config.data.size[0]} px",
         }
     if quantizing:
+        from uad_plugins.deployment.deploy import Order as Deployment
+        from uad_plugins.deployment.deploy import deploy
         from uad_plugins.quantization.quantize import Order, quantize
 
         with step("quantize", f"4/{steps}  quantizing it to INT8, tested beside FP32"):
             int8 = quantize(Order(run, out / "int8", "openvino-int8", samples=60, data=str(data)))
+        with step("deploy", f"5/{steps}  deploying the INT8 model as a bundle for CPUs, run without torch"):
+            bundle = deploy(Deployment(out / "int8", out / "bundle", "openvino-cpu"))
+            example = _example(out / "bundle", data)
     report = write_report(
         result,
         out / "report.html",
@@ -108,4 +134,13 @@ def run_quickstart(
         facts=facts,
         beside=int8.auroc if int8 is not None else None,
     )
-    return Quickstart(data, run, report, result, seconds, int8)
+    return Quickstart(data, run, report, result, seconds, int8, bundle, example)
+
+
+def _example(bundle: Path, data: Path) -> Example:
+    """Judge a defective test image with the bundle, as a program at the line would."""
+    table = scan(data)
+    sample = table[int(table.where(split="test", label=ANOMALOUS)[0])]
+    with Detector(bundle) as detector:
+        found = detector.predict(sample.path, category=sample.category)
+        return Example(sample.path, sample.category, found.score, found.threshold, found.verdict, detector.engine)

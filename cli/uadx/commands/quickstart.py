@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -18,17 +19,20 @@ def quickstart(
     image_size: Annotated[int | None, typer.Option("--image-size", min=32, help="Input side in pixels.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Do it all once, offline, in minutes: synthetic products, one model for all of them, a report with heat maps."""
+    """Do it all once, offline, in minutes: synthetic products, one model for all of them, a report, INT8, a bundle."""
     try:
         from uad_plugins.evaluation.report import HEADINGS, figure
+        from uad_plugins.evaluation.rows import describe
         from uad_plugins.quickstart import run_quickstart
     except ModuleNotFoundError as error:
         raise missing_extra("the quickstart", "train", error) from error
     result = run_quickstart(out, overwrite=overwrite, epochs=epochs, side=image_size, tell=note)
     report = result.evaluation.report
     if as_json:
-        int8 = result.int8.model_dump(mode="json", by_alias=True) if result.int8 is not None else None
-        emit_json({"out": str(out), "report": str(result.report), "seconds": result.seconds, **report, "int8": int8})
+        facts = {"out": str(out), "report": str(result.report), "seconds": result.seconds, **report}
+        for name, manifest in (("int8", result.int8), ("bundle", result.bundle)):
+            facts[name] = manifest.model_dump(mode="json", by_alias=True) if manifest is not None else None
+        emit_json({**facts, "example": asdict(result.example) if result.example is not None else None})
         return
     rows = [[n, *(figure(v[m]) for m in HEADINGS)] for n, v in [*report["categories"].items(), ("mean", report["mean"])]]
     table(["product", *HEADINGS.values()], rows)
@@ -39,10 +43,20 @@ def quickstart(
     say(f"report     {result.report}")
     say(f"heat maps  {out / 'evaluation' / 'maps'}")
     say(f"run        {result.run}")
+    if result.bundle is not None and result.example is not None:
+        size, shown = sum(file.bytes for file in result.bundle.files.values()), result.example
+        agreement = result.bundle.metrics["verified"][shown.engine]
+        say(
+            f"bundle     {out / 'bundle'}: {result.bundle.precision} for {result.bundle.target}, {size / 1e6:.1f} MB; "
+            f"its scores differ from the quantized model's by {100 * agreement['score_l2']:.2g} %"
+        )
+        image = Path(shown.path).relative_to(result.data)
+        say(f"example    {image}: {describe(shown.score, shown.threshold)}: {shown.verdict} ({shown.engine}, without torch)")
     say("")
     say("next, on images of your own (CATEGORY/train/good, CATEGORY/test/good, CATEGORY/test/DEFECT):")
     say("  uadx data check DATA")
     say("  uadx train DATA --config stfpm_short --weights bundled --image-size 128 --epochs 30 --out RUN")
     say("  uadx evaluate RUN DATA --out EVALUATION")
     say("  uadx quantize RUN --data DATA --out INT8")
-    say("  uadx predict RUN IMAGES --category CATEGORY --out MAPS")
+    say("  uadx deploy INT8 --target openvino-cpu --out BUNDLE")
+    say("  uadx predict BUNDLE IMAGES --category CATEGORY --out MAPS")

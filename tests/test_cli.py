@@ -16,20 +16,6 @@ from uadx.app import main
 from uad_plugins.errors import UadxError
 
 
-@pytest.fixture
-def uadx(capsys, monkeypatch):
-    """Run a command line; return exit status, stdout and stderr."""
-    monkeypatch.setenv("NO_COLOR", "1")
-
-    def run(*words):
-        with pytest.raises(SystemExit) as exit_:
-            main([str(word) for word in words])
-        captured = capsys.readouterr()
-        return exit_.value.code or 0, captured.out, captured.err
-
-    return run
-
-
 def isolated(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
 
@@ -250,22 +236,6 @@ def test_predict_prints_a_line_an_image(uadx, products, trained):
     assert float(ratio) > 0
     assert rest[-1] == str(image)
     assert "pooled" in err
-
-
-def test_thresholds_are_set_anew(uadx, products, trained, tmp_path):
-    run = shutil.copytree(trained, tmp_path / "run")
-    before = (run / "thresholds.json").read_text()
-    copy = shutil.copytree(products, tmp_path / "labelled")
-    status, out, _ = uadx("thresholds", run, copy, "--method", "best-f1", "--dry-run", "--json")
-    assert (status, (run / "thresholds.json").read_text()) == (0, before)
-    status, out, _ = uadx("thresholds", run, products, "--target-fpr", "0.2", "--json")
-    assert status == 0
-    assert json.loads(out) == json.loads((run / "thresholds.json").read_text())
-    assert json.loads(out)["source"] == "3 normal images held out from training"
-    copy = shutil.copytree(products, tmp_path / "more")
-    status, out, _ = uadx("thresholds", run, copy, "--target-fpr", "0.2", "--json")
-    assert status == 0
-    assert json.loads(out)["categories"]["fabric"]["normal"] == 14
 
 
 def test_data_check_finds_problems_and_says_so_with_its_exit_status(uadx, products, tmp_path):

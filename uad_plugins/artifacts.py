@@ -197,6 +197,7 @@ class Run:
             "run": str(self.folder.absolute()),
             "checkpoint_sha256": manifest.checkpoint_sha256 or sha256_of(self.checkpoint),
             "data": manifest.data.get("root"),
+            "fingerprint": manifest.data.get("fingerprint"),
             "layout": config.data.layout,
             "categories": config.data.categories,
             "val_fraction": config.data.val_fraction,

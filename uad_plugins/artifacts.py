@@ -57,8 +57,12 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, content: str) -> None:
-    """Write a UTF-8 text file whole or not at all."""
-    write_bytes(path, content.encode("utf-8"))
+    """Write a UTF-8 text file whole or not at all.
+
+    File names may hold bytes that are not UTF-8, which Python keeps as lone surrogates. They are written as JSON's escapes:
+    the text stays valid UTF-8, and a reader of JSON gets the name back as it was.
+    """
+    write_bytes(path, content.encode("utf-8", "backslashreplace"))
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -182,7 +186,8 @@ class Run:
 
     def write_manifest(self, manifest: RunManifest) -> None:
         """Write the manifest."""
-        write_json(self.folder / MANIFEST, manifest.model_dump(mode="json", by_alias=True))
+        # pydantic's own JSON would refuse names in bytes that are not UTF-8.
+        write_json(self.folder / MANIFEST, manifest.model_dump(by_alias=True))
 
     def config(self) -> TrainConfig:
         """Read the resolved configuration, loading the plugin modules that it names."""

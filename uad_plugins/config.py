@@ -277,4 +277,4 @@ def keys(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 def to_yaml(config: TrainConfig) -> str:
     """Write a configuration as YAML that ``resolve`` reads back to the same."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import warnings
@@ -84,6 +85,9 @@ def main(arguments: list[str] | None = None) -> None:
         # Libraries warn their developers, at import already, of what users can do nothing about.
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", category=DeprecationWarning)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # As stderr does: a file's name may hold what the terminal cannot show.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         add_plugin_commands(app)
         app(args=words, prog_name="uadx")

@@ -23,8 +23,8 @@ def note(text: str) -> None:
 
 
 def emit_json(content: Any) -> None:
-    """Print one JSON document on stdout."""
-    sys.stdout.write(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    """Print one JSON document on stdout, in ASCII: whole whatever the terminal's encoding and the names of files."""
+    sys.stdout.write(json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def emit_line(content: Any) -> None:

@@ -128,7 +128,7 @@ def resumed_config(run: Run, given: Mapping[str, Any], resolved: TrainConfig) ->
         UsageError: A key that must not change was given another value.
     """
     stored = run.config()
-    before, after = stored.model_dump(mode="json"), resolved.model_dump(mode="json")
+    before, after = stored.model_dump(), resolved.model_dump()
     merged = stored.model_copy(deep=True)
     for path in _leaves(given):
         name = ".".join(path)

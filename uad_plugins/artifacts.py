@@ -164,6 +164,11 @@ class Run:
         return self.folder / "metrics.json"
 
     @property
+    def skipped_file(self) -> Path:
+        """Images left out, and why."""
+        return self.folder / "skipped.json"
+
+    @property
     def config_file(self) -> Path:
         """Resolved configuration."""
         return self.folder / "config.yaml"

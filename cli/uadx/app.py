@@ -114,4 +114,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _line(text: str) -> str:
-    return " ".join(text.split())
+    # Blanks within a line may be part of a file's name.
+    return " ".join(line.strip() for line in text.splitlines() if line.strip())

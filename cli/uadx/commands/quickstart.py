@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from uad_plugins.errors import missing_extra
-from uadx.output import emit_json, note, say, table
+from uadx.output import emit_json, note, program, say, table
 
 
 def quickstart(
@@ -41,8 +41,9 @@ def quickstart(
     say(f"run        {result.run}")
     say("")
     say("next, on images of your own (CATEGORY/train/good, CATEGORY/test/good, CATEGORY/test/DEFECT):")
-    say("  uadx data check DATA")
-    say("  uadx train DATA --config stfpm_short --weights bundled --image-size 128 --epochs 30 --out RUN")
-    say("  uadx evaluate RUN DATA --out EVALUATION")
-    say("  uadx quantize RUN --data DATA --out INT8")
-    say("  uadx predict RUN IMAGES --category CATEGORY --out MAPS")
+    uadx = program()
+    say(f"  {uadx} data check DATA")
+    say(f"  {uadx} train DATA --config stfpm_short --weights bundled --image-size 128 --epochs 30 --out RUN")
+    say(f"  {uadx} evaluate RUN DATA --out EVALUATION")
+    say(f"  {uadx} quantize RUN --data DATA --out INT8")
+    say(f"  {uadx} predict RUN IMAGES --category CATEGORY --out MAPS")

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from uadx.app import main
 
 from uad_plugins.data.products.synthesis import synthesize
 from uad_plugins.training.signals import child_signal_restored
@@ -66,6 +67,20 @@ def _mvtec(root: Path, category: str, train: int = 4, good: int = 2, bad: int = 
         if masks:
             _mask(root / category / "ground_truth" / "crack" / f"{number:03d}_mask.png")
     return root
+
+
+@pytest.fixture
+def uadx(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
+    """Run a command line; return exit status, stdout and stderr."""
+    monkeypatch.setenv("NO_COLOR", "1")
+
+    def run(*words: Any) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as exit_:
+            main([str(word) for word in words])
+        captured = capsys.readouterr()
+        return exit_.value.code or 0, captured.out, captured.err
+
+    return run
 
 
 @pytest.fixture

@@ -12,22 +12,10 @@ import pytest
 from PIL import Image
 from uadx import __version__
 from uadx.app import main
+from uadx.output import program
 
+from uad_plugins import doctor
 from uad_plugins.errors import UadxError
-
-
-@pytest.fixture
-def uadx(capsys, monkeypatch):
-    """Run a command line; return exit status, stdout and stderr."""
-    monkeypatch.setenv("NO_COLOR", "1")
-
-    def run(*words):
-        with pytest.raises(SystemExit) as exit_:
-            main([str(word) for word in words])
-        captured = capsys.readouterr()
-        return exit_.value.code or 0, captured.out, captured.err
-
-    return run
 
 
 def isolated(code):
@@ -281,22 +269,6 @@ def test_predict_prints_a_line_an_image(uadx, products, trained):
     assert "pooled" in err
 
 
-def test_thresholds_are_set_anew(uadx, products, trained, tmp_path):
-    run = shutil.copytree(trained, tmp_path / "run")
-    before = (run / "thresholds.json").read_text()
-    copy = shutil.copytree(products, tmp_path / "labelled")
-    status, out, _ = uadx("thresholds", run, copy, "--method", "best-f1", "--dry-run", "--json")
-    assert (status, (run / "thresholds.json").read_text()) == (0, before)
-    status, out, _ = uadx("thresholds", run, products, "--target-fpr", "0.2", "--json")
-    assert status == 0
-    assert json.loads(out) == json.loads((run / "thresholds.json").read_text())
-    assert json.loads(out)["source"] == "3 normal images held out from training"
-    copy = shutil.copytree(products, tmp_path / "more")
-    status, out, _ = uadx("thresholds", run, copy, "--target-fpr", "0.2", "--json")
-    assert status == 0
-    assert json.loads(out)["categories"]["fabric"]["normal"] == 14
-
-
 def test_data_check_finds_problems_and_says_so_with_its_exit_status(uadx, products, tmp_path):
     status, out, _ = uadx("data", "check", products, "--json")
     assert status == 0
@@ -315,6 +287,45 @@ def test_data_synth(uadx, tmp_path):
     )
     assert (status, out) == (0, f"{tmp_path / 'd'}\n")
     assert sum(1 for _ in (tmp_path / "d").rglob("*.png")) == 5
+
+
+def test_doctor_names_everything_that_is_missing(monkeypatch):
+    gone = {"onnx": "pip install 'uadx[onnx]'", "nncf": "pip install 'uadx[openvino]'"}
+
+    def examine(requirement):
+        missing = requirement.module in gone
+        return doctor.Diagnosis("package", requirement.module, not missing, "gone" * missing, requirement.install * missing)
+
+    monkeypatch.setattr(doctor, "examine", examine)
+    both = [item for item in doctor.diagnose() if "onnx gone" in item.detail and "nncf gone" in item.detail]
+    assert both
+    assert all(set(item.fix.split("; ")) == set(gone.values()) for item in both)
+
+
+def test_a_run_without_torch_names_what_it_needs(uadx, trained, products, monkeypatch):
+    monkeypatch.delitem(sys.modules, "uad_plugins.models.torch_detector", raising=False)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    status, _, err = uadx("predict", trained, products)
+    expected = "error: a trained run needs a package that is not installed: torch\nhint: pip install 'uadx[train]'\n"
+    assert (status, err) == (1, expected)
+
+
+def test_blanks_in_the_name_of_a_file_stay(uadx, tmp_path):
+    _, _, err = uadx("data", "check", tmp_path / "part  01")
+    assert err.startswith(f"error: {tmp_path}/part  01: no such file or folder\n")
+
+
+@pytest.mark.parametrize(("on_path", "called"), [(False, "{bin}/uadx"), (True, "uadx"), (None, "{bin}/uadx")])
+def test_next_steps_name_the_program_as_it_is_called(tmp_path, monkeypatch, on_path, called):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "other").mkdir()
+    for folder in ("bin", "other"):
+        (tmp_path / folder / "uadx").touch(mode=0o755)
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "bin" / "uadx"), "quickstart"])
+    monkeypatch.setenv("PATH", {True: str(tmp_path / "bin"), False: "/nowhere", None: str(tmp_path / "other")}[on_path])
+    assert program() == called.format(bin=tmp_path / "bin")
+    monkeypatch.setattr(sys, "argv", ["/somewhere/uadx/__main__.py"])
+    assert program() == f"{sys.executable} -m uadx"
 
 
 def test_doctor_names_what_is_missing_and_how_to_get_it(uadx):

@@ -59,6 +59,9 @@ def test_later_sources_win(tmp_path):
         ({"optimiser": {"lr": 1}}, "unknown configuration key 'optimiser'", "did you mean"),
         ({"data": {"size": 64}}, "unknown configuration key 'data.size'", "data.image_size"),
         ({"data": {"image_size": 8}}, "data.image_size: must be at least 32 pixels", "given: 8"),
+        ({"data": {"image_size": "abc"}}, "data.image_size: Input should be a valid integer", "given: 'abc'"),
+        ({"data": {"image_size": [64, "x"]}}, "data.image_size: Input should be a valid integer", "given: [64, 'x']"),
+        ({"optimizer": {"betas": [0.5, "x"]}}, "optimizer.betas.1: Input should be a valid number", "given: 'x'"),
         ({"data": {"val_fraction": 1}}, "data.val_fraction: Input should be less than 1", "given: 1"),
         ({"model": {"name": "stpm"}}, "unknown model 'stpm'", "did you mean 'stfpm'?"),
         ({"model": {"options": {"alpha": 1}}}, "unknown configuration key 'model.options.alpha'", "known keys"),
@@ -67,9 +70,23 @@ def test_later_sources_win(tmp_path):
 def test_wrong_configuration_is_one_line_with_a_way_out(tree, message, hint):
     with pytest.raises(UsageError) as error:
         resolve(flags=tree, environment={})
-    assert error.value.message == message
+    assert error.value.message.partition(", unable to parse")[0] == message
     assert hint in error.value.hint
     assert error.value.exit_code == 2
+
+
+def test_one_argument_of_the_trainer_leaves_the_default_of_the_others():
+    flags = {"model": {"name": "anomalib:Padim"}, "trainer": {"accelerator": "cpu"}}
+    assert resolve(flags=flags, environment={}).trainer == {"max_epochs": 100, "accelerator": "cpu"}
+
+
+def test_a_class_of_anomalib_may_have_defaults_of_its_own():
+    def batch(name, **data):
+        return resolve(flags={"model": {"name": name}, "data": data}, environment={}).data.train_batch_size
+
+    assert batch("anomalib:EfficientAd") == 1
+    assert batch("anomalib:EfficientAd", train_batch_size=4) == 4
+    assert batch("anomalib:Padim") == 32
 
 
 def test_unknown_environment_keys_are_refused():

@@ -11,10 +11,15 @@ from pathlib import Path
 import pytest
 from runs import small_config, small_run
 
+from uad_plugins import artifacts
 from uad_plugins.artifacts import Run, atomic_path, read_json, write_text
+from uad_plugins.data.layouts import scan
+from uad_plugins.data.samples import hold_out
 from uad_plugins.detector import open_detector
 from uad_plugins.errors import UadxError
+from uad_plugins.models.backbones import BUNDLED_FILE
 from uad_plugins.training.checkpointing import AtomicCheckpointIO
+from uad_plugins.training.run_folder import check_folder
 from uad_plugins.training.train import train
 
 EPOCHS = {"trainer": {"max_epochs": 4}}
@@ -92,6 +97,81 @@ def test_killed_before_the_first_checkpoint(products, unbroken, tmp_path):
     run.write_manifest(Run(out).manifest().model_copy(update={"status": "training"}))
     train(small_config(EPOCHS), products, run.folder, resume=True, interactive=False)
     assert scores_of(run.folder, products) == scores_of(out, products)
+
+
+@pytest.mark.parametrize("write", ["config.yaml", "skipped.json", "run.json"])
+@pytest.mark.parametrize("options", [{}, {"resume": True}, {"overwrite": True}])
+def test_killed_while_the_folder_is_made_ready(products, tmp_path, monkeypatch, write, options):
+    whole = artifacts.write_bytes
+
+    def cut(path, content):
+        if path.name == write:
+            (path.parent / f".{path.name}.x.part").write_bytes(content[:9])
+            raise Killed
+        whole(path, content)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(artifacts, "write_bytes", cut)
+        with pytest.raises(Killed):
+            small_run(products, tmp_path / "run")
+    assert not (tmp_path / "run" / "run.json").exists()
+    check_folder(Run(tmp_path / "run"), **{"resume": False, "overwrite": False, **options})
+    if write == "run.json":
+        assert small_run(products, tmp_path / "run", {"trainer": {"max_epochs": 1}}, **options)["epochs"] == 1
+
+
+@pytest.mark.parametrize("files", [{"config.yaml": "mine: 1"}, {"config.yaml": "seed: 1", "logs": "mine"}, {".part": ""}])
+def test_a_folder_that_only_resembles_a_start_is_not_touched(tmp_path, files):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    if ".part" in files:
+        (tmp_path / "thesis.part").touch()
+    with pytest.raises(UadxError, match="is not empty and holds no run"):
+        check_folder(Run(tmp_path), resume=False, overwrite=False)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"name": "stfpm"},
+        {"name": "reverse_distillation"},
+        {
+            "name": "uninformed_students",
+            "options": {"patch_sizes": [33], "students": 2, "width": 0.25, "stride": 4, "train_stride": 4},
+        },
+    ],
+)
+def test_resuming_needs_no_weights_but_the_checkpoint(products, tmp_path, model):
+    weights = tmp_path / "resnet18.safetensors"
+    shutil.copy(BUNDLED_FILE, weights)
+    over = {"model": {**model, "weights": str(weights)}, "trainer": {"max_epochs": 1}}
+    if model["name"] == "uninformed_students":
+        over["model"]["options"]["teacher"] = {"steps": 2, "batch_size": 4, "layer": 3}
+    try:
+        small_run(products, tmp_path / "run", over)
+    finally:
+        weights.unlink()
+    before = Run(tmp_path / "run").manifest().weights
+    given = {"trainer": {"max_epochs": 2}}
+    metrics = train(small_config({**over, **given}), products, tmp_path / "run", given=given, resume=True, interactive=False)
+    assert metrics["epochs"] == 2
+    assert Run(tmp_path / "run").manifest().weights == before
+    assert Run(tmp_path / "run").config().model.weights == str(weights)
+
+
+def test_an_image_that_became_unreadable_can_be_left_out(products, trained, tmp_path):
+    run, data = shutil.copytree(trained, tmp_path / "run"), shutil.copytree(products, tmp_path / "data")
+    table = hold_out(scan(data), 0.1, 0)
+    victim = Path(table.paths[int(table.where(split="train")[0])])
+    victim.write_bytes(b"")
+    given = {"trainer": {"max_epochs": 3}}
+    with pytest.raises(UadxError) as error:
+        train(small_config(given), data, run, given=given, resume=True, interactive=False)
+    assert "--skip-bad" in error.value.hint
+    given["data"] = {"skip_bad": True}
+    metrics = train(small_config(given), data, run, given=given, resume=True, interactive=False)
+    assert (metrics["epochs"], metrics["samples_seen"]) == (3, 54 + 26)
+    assert read_json(run / "skipped.json") == {str(victim): "empty file"}
 
 
 def started(products, out):

@@ -110,6 +110,22 @@ def test_best_f1_takes_ties_whole():
     assert best_f1(scores, labels).value == pytest.approx(0.3)
 
 
+@pytest.mark.parametrize(
+    ("scores", "labels"),
+    [
+        ([0.5, 0.6, 0.7], [1, 0, 1]),
+        ([0.0, 0.0, 3.0], [1, 0, 1]),
+        ([-2.0, -1.0, -0.5], [1, 1, 0]),
+        ([1.0, float(np.nextafter(1.0, 2.0)), 2.0], [0, 1, 1]),
+    ],
+)
+def test_best_f1_rejects_what_it_counted_as_rejected(scores, labels):
+    scores, labels = np.array(scores), np.array(labels)
+    called = scores > best_f1(scores, labels).value
+    f1 = [2 * labels[scores >= t].sum() / (labels.sum() + (scores >= t).sum()) for t in scores]
+    assert 2 * labels[called].sum() / (labels.sum() + called.sum()) == max(f1)
+
+
 def test_best_f1_needs_both_classes():
     with pytest.raises(UadxError, match="normal and anomalous"):
         best_f1(np.array([0.5]), np.array([0]))
@@ -123,6 +139,36 @@ def test_thresholds_are_set_for_each_category_and_pooled():
     assert found.pooled == Threshold(20.0, "quantile", 6)
     assert (found.of("a"), found.of("c"), found.of(None)) == (3.0, 20.0, 20.0)
     assert (found.method, found.target_fpr, found.source) == ("normal-fpr", 0.4, "here")
+
+
+def test_few_scores_of_unlike_scale_pool_to_no_more_than_the_largest_category():
+    found = set_thresholds(np.array([1, 1.1, 10.0]), np.zeros(3, int), ["a", "a", "b"], source="x")
+    assert found.pooled == Threshold(10.0, "quantile", 3)
+    rng = np.random.default_rng(5)
+    scores = np.concatenate([rng.lognormal(0, 0.2, 8), rng.lognormal(5, 0.2, 8)])
+    found = set_thresholds(scores, np.zeros(16, int), ["a"] * 8 + ["b"] * 8, source="x")
+    assert found.pooled == Threshold(found.categories["b"].value, "lognormal", 16)
+    assert found.pooled.value >= scores.max()
+
+
+def test_few_scores_of_one_scale_keep_the_rate_pooled():
+    rng = np.random.default_rng(6)
+    names = ["a"] * 6 + ["b"] * 6
+    pooled = [set_thresholds(rng.lognormal(size=12), np.zeros(12, int), names, source="x").pooled for _ in range(1000)]
+    assert np.mean([stats.lognorm.sf(threshold.value, 1) for threshold in pooled]) == pytest.approx(0.01, abs=0.004)
+
+
+def test_what_was_not_measured_keeps_its_threshold():
+    def ones(*names, source="new"):
+        return set_thresholds(np.ones(len(names)), np.zeros(len(names), int), names, source=source)
+
+    before = set_thresholds(np.array([5.0, 6.0, 7.0]), np.zeros(3, int), ["a", "b", "c"], source="old")
+    found, kept = ones("b").over(before, ["a", "b", "c"])
+    assert {name: found.of(name) for name in ("a", "b", "c", None)} == {"a": 5.0, "b": 1.0, "c": 7.0, None: before.of(None)}
+    assert kept == ["a", "c", "pooled"]
+    assert found.source == "new; kept as they were: a, c, pooled"
+    whole = ones("a", "b", "c", "d")
+    assert whole.over(before, ["a", "b", "c"]) == (whole, [])
 
 
 def test_they_survive_being_written_down():

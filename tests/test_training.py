@@ -3,11 +3,13 @@
 import json
 import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from anomalib.models import Fastflow
 from PIL import Image
 from runs import small_config, small_run
 
@@ -127,6 +129,9 @@ def test_best_f1_is_taken_where_labelled_validation_images_are_given(products, t
         ({"trainer": {"max_epoch": 2}}, "unknown configuration key 'trainer.max_epoch'"),
         ({"trainer": {"max_epochs": 0}}, "must be a whole number of at least 1"),
         ({"trainer": {"callbacks": []}}, "trainer.callbacks is set by uadx itself"),
+        ({"trainer": {"strategy": "ddp_spawn"}}, "ddp_spawn trains in copies of this process"),
+        ({"trainer": {"strategy": "ddp_fork_find_unused_parameters_true"}}, "trains in copies of this process"),
+        ({"trainer": {"strategy": "ddp_notebook"}}, "ddp_notebook trains in copies of this process"),
         ({"model": {"weights": "nowhere.pth"}}, "no such file or folder of backbone weights"),
         ({"model": {"backbone": "resnet19"}}, "unknown backbone 'resnet19'"),
         ({"data": {"categories": ["fabrik"]}}, "unknown category 'fabrik'"),
@@ -164,10 +169,37 @@ def test_unreadable_images_can_be_left_out_and_are_recorded(damaged, tmp_path):
     assert metrics["samples_seen"] == 26
 
 
+def test_bad_held_out_images_are_found_before_training(products, trained, tmp_path):
+    data = shutil.copytree(products, tmp_path / "data")
+    table = hold_out(scan(data), 0.1, 0)
+    for index in table.where(split="val"):
+        Path(table.paths[int(index)]).write_bytes(b"")
+    run = shutil.copytree(trained, tmp_path / "run")
+    before = {path.name: path.stat().st_mtime_ns for path in run.iterdir()}
+    with pytest.raises(UadxError) as error:
+        small_run(data, run, {"data": {"skip_bad": True}}, overwrite=True)
+    assert error.value.message == (
+        "no image of good parts is held out that can be read: the checkpoint and the thresholds come from these"
+    )
+    assert {path.name: path.stat().st_mtime_ns for path in run.iterdir()} == before
+
+
 def test_a_loss_that_is_no_number_stops_training(products, tmp_path):
     with pytest.raises(UadxError, match="the loss became nan|the loss became inf") as error:
         small_run(products, tmp_path / "run", {"optimizer": {"name": "adam", "lr": 1e30, "schedule": "constant"}})
-    assert "lower optimizer.lr" in error.value.hint
+    assert error.value.hint.startswith("lower optimizer.lr; the checkpoints")
+
+
+def test_a_method_with_an_optimizer_of_its_own_is_not_told_to_change_another(products, tmp_path, monkeypatch):
+    def step(self, batch, *_):
+        return {"loss": self.model(batch.image)[0][0].sum() * float("nan")}
+
+    monkeypatch.setattr(Fastflow, "training_step", step)
+    with pytest.raises(UadxError, match="the loss became nan") as error:
+        small_run(products, tmp_path / "run", {"model": {"name": "anomalib:Fastflow"}})
+    assert error.value.hint.startswith(
+        "the method brings its own optimizer: lower its learning rate in model.options, if it takes one; the checkpoints"
+    )
 
 
 def test_a_finished_run_is_not_overwritten_unasked(products, trained, tmp_path):

@@ -59,8 +59,12 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, content: str) -> None:
-    """Write a UTF-8 text file whole or not at all."""
-    write_bytes(path, content.encode("utf-8"))
+    """Write a UTF-8 text file whole or not at all.
+
+    File names may hold bytes that are not UTF-8, which Python keeps as lone surrogates. They are written as JSON's escapes:
+    the text stays valid UTF-8, and a reader of JSON gets the name back as it was.
+    """
+    write_bytes(path, content.encode("utf-8", "backslashreplace"))
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -175,6 +179,11 @@ class Run:
         return set(read_json(self.split_file)["val"]) if self.split_file.is_file() else None
 
     @property
+    def skipped_file(self) -> Path:
+        """Images left out, and why."""
+        return self.folder / "skipped.json"
+
+    @property
     def config_file(self) -> Path:
         """Resolved configuration."""
         return self.folder / "config.yaml"
@@ -197,7 +206,8 @@ class Run:
 
     def write_manifest(self, manifest: RunManifest) -> None:
         """Write the manifest."""
-        write_json(self.folder / MANIFEST, manifest.model_dump(mode="json", by_alias=True))
+        # pydantic's own JSON would refuse names in bytes that are not UTF-8.
+        write_json(self.folder / MANIFEST, manifest.model_dump(by_alias=True))
 
     def config(self) -> TrainConfig:
         """Read the resolved configuration, loading the plugin modules that it names."""
@@ -212,6 +222,7 @@ class Run:
             "run": str(self.folder.absolute()),
             "checkpoint_sha256": manifest.checkpoint_sha256 or sha256_of(self.checkpoint),
             "data": manifest.data.get("root"),
+            "fingerprint": manifest.data.get("fingerprint"),
             "layout": config.data.layout,
             "categories": config.data.categories,
             "val_fraction": config.data.val_fraction,

@@ -212,12 +212,26 @@ def resolve(
     wanted = given.get("plugins")
     use_plugins([str(name) for name in wanted] if isinstance(wanted, list) else [])
     section = given.get("model")
-    name = section.get("name") if isinstance(section, Mapping) else None
-    plugin = model_plugin(str(name or ModelConfig().name))
-    recipe = read_yaml(plugin.recipe) if plugin.recipe else {}
-    config = validate(merge(recipe, given))
+    name = str((section.get("name") if isinstance(section, Mapping) else None) or ModelConfig().name)
+    plugin = model_plugin(name)
+    defaults = TrainConfig().model_dump(mode="json")
+    config = validate(merge(merge(defaults, recipe_of(plugin, name)), given))
     config.model.options = validated(plugin.options, config.model.options, ("model", "options")).model_dump(mode="json")
     return config
+
+
+def recipe_of(plugin: Any, name: str) -> dict[str, Any]:
+    """Return the defaults that a method's plugin brings: those of its recipe, or of the class in a folder of recipes.
+
+    Args:
+        plugin: The plugin.
+        name: The method as it is named, for example ``anomalib:EfficientAd``.
+    """
+    path: Path | None = plugin.recipe
+    if path is not None and path.is_dir():
+        path = path / f"{name.partition(':')[2]}.yaml"
+        return read_yaml(path) if path.is_file() else {}
+    return read_yaml(path) if path is not None else {}
 
 
 def model_plugin(name: str) -> Any:
@@ -255,8 +269,12 @@ def validated(schema: type[Any], tree: Mapping[str, Any], prefix: tuple[str, ...
     except ValidationError as error:
         first = error.errors()[0]
         location = [*prefix, *(str(step) for step in first["loc"])]
+        known = {".".join([*prefix, key]) for key in keys(schema)}
         if first["type"] == "extra_forbidden":
-            raise unknown_key(location, {".".join([*prefix, key]) for key in keys(schema)}) from None
+            raise unknown_key(location, known) from None
+        # What pydantic adds to a key is the type it has tried.
+        whole = next((end for end in range(len(location)) if ".".join(location[:end]) in known), len(location))
+        location = location[:whole] + [step for step in location[whole:] if step.isdigit()]
         reason = first["msg"].removeprefix("Value error, ")
         raise UsageError(f"{'.'.join(location)}: {reason}", f"given: {first['input']!r}") from None
 
@@ -282,4 +300,4 @@ def keys(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 def to_yaml(config: TrainConfig) -> str:
     """Write a configuration as YAML that ``resolve`` reads back to the same."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)

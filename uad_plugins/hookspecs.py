@@ -44,10 +44,12 @@ class ModelPlugin:
         name: What ``--model`` takes.
         summary: One line for listings.
         build: Resolved configuration -> an untrained ``anomalib.models.AnomalibModule`` whose pre-processor has the
-            configured image size. Raises ``UadxError`` for options that contradict each other.
+            configured image size. Raises ``UadxError`` for options that contradict each other. The weights are named
+            ``checkpoint`` when a training is resumed: then they come with its checkpoint, and nothing is fetched.
         load: Checkpoint path -> the trained module, without fetching anything.
         options: Pydantic model of the method's own options (the configuration section ``model.options``).
-        recipe: Path of a YAML file with the method's defaults, or None.
+        recipe: Path of a YAML file with the method's defaults, or None. Where the plugin stands for several methods
+            (``NAME:CLASS``), a folder with ``CLASS.yaml`` for each that needs other defaults than the schema's.
         backbones: Function that returns the backbone names the method takes; None when it has no backbone.
         supports: What else can be done with the trained model: any of ``export``, ``qat``.
         ratio_scale: A score of 0 means no deviation at all; False where the zero is arbitrary, as that of z-scores is.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import warnings
@@ -84,6 +85,9 @@ def main(arguments: list[str] | None = None) -> None:
         # Libraries warn their developers, at import already, of what users can do nothing about.
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", category=DeprecationWarning)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # As stderr does: a file's name may hold what the terminal cannot show.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         add_plugin_commands(app)
         app(args=words, prog_name="uadx")
@@ -110,4 +114,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _line(text: str) -> str:
-    return " ".join(text.split())
+    # Blanks within a line may be part of a file's name.
+    return " ".join(line.strip() for line in text.splitlines() if line.strip())

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from uad_plugins.progress import counting
 
-__all__ = ["counting", "emit_json", "note", "say", "table"]
+__all__ = ["counting", "emit_json", "note", "program", "say", "table"]
+
+
+def program() -> str:
+    """Return what to type to run this program: its path where its name alone would not find it."""
+    called, found = Path(sys.argv[0]), shutil.which("uadx")
+    if called.name == "__main__.py":
+        return f"{sys.executable} -m uadx"
+    known = called.stem == "uadx" and called.exists() and not (found and called.samefile(found))
+    return str(called) if known else "uadx"
 
 
 def say(text: str) -> None:
@@ -23,8 +34,8 @@ def note(text: str) -> None:
 
 
 def emit_json(content: Any) -> None:
-    """Print one JSON document on stdout."""
-    sys.stdout.write(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    """Print one JSON document on stdout, in ASCII: whole whatever the terminal's encoding and the names of files."""
+    sys.stdout.write(json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def emit_line(content: Any) -> None:

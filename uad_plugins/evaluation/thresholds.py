@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +45,7 @@ class Thresholds:
     """The thresholds of a model.
 
     Attributes:
-        pooled: For images whose category is not known.
+        pooled: For images whose category is not known; see ``bounded``.
         categories: By category.
         method: ``normal-fpr`` or ``best-f1``.
         target_fpr: Share of good parts that may be rejected; None with ``best-f1``.
@@ -61,6 +61,31 @@ class Thresholds:
     def of(self, category: str | None) -> float:
         """Return the threshold of a category; the pooled one for None or a category that has none."""
         return self.categories.get(category or "", self.pooled).value
+
+    def over(self, before: Thresholds, categories: Sequence[str]) -> tuple[Thresholds, list[str]]:
+        """Return these thresholds, with earlier ones for what was not measured this time.
+
+        The pooled one is for an image of any category: where one is missing the earlier one stays.
+
+        Args:
+            before: The earlier ones.
+            categories: All that the model knows.
+
+        Returns:
+            The thresholds, and the names of those kept.
+        """
+        kept = {name: threshold for name, threshold in before.categories.items() if name not in self.categories}
+        whole = all(name in self.categories for name in [*kept, *categories])
+        names = [*sorted(kept), *([] if whole else ["pooled"])]
+        if not names:
+            return self, []
+        merged = replace(
+            self,
+            pooled=self.pooled if whole else before.pooled,
+            categories=dict(sorted({**kept, **self.categories}.items())),
+            source=f"{self.source}; kept as they were: {', '.join(names)}",
+        )
+        return merged, names
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
@@ -168,6 +193,25 @@ def student_quantile(probability: float, freedom: int) -> float:
     return z + sum(terms)
 
 
+def bounded(pooled: Threshold, own: Iterable[Threshold]) -> Threshold:
+    """Return the pooled threshold, at most the largest of the categories'.
+
+    Few scores of categories of unlike scale are no sample of one log-normal distribution: its spread would be that between
+    the categories, and the bound far above all of them. But what no category exceeds more often than it may, no mixture of
+    them does: the largest of the categories' thresholds keeps the rate as well as it does for its own, whatever share of the
+    images each has, and an image is not judged more leniently for not naming its category. It is not below any score; with
+    enough scores for an order statistic there is nothing to bound.
+
+    Args:
+        pooled: Set from the scores of all categories.
+        own: Of each category.
+    """
+    largest = max(own, key=lambda threshold: threshold.value, default=pooled)
+    if pooled.how != "lognormal" or pooled.value <= largest.value:
+        return pooled
+    return replace(pooled, value=largest.value, how=largest.how)
+
+
 def best_f1(scores: NDArray[np.floating], labels: NDArray[np.integer]) -> Threshold:
     """Set the threshold with the best F1 on labelled scores: midway between the scores on its two sides.
 
@@ -187,8 +231,11 @@ def best_f1(scores: NDArray[np.floating], labels: NDArray[np.integer]) -> Thresh
     f1 = 2 * hits / (np.arange(1, len(ranked) + 1) + positives)
     last_of_tie = np.append(ranked[1:] != ranked[:-1], True)
     best = int(np.argmax(np.where(last_of_tie, f1, -1)))
-    below = ranked[best + 1] if best + 1 < len(ranked) else np.nextafter(ranked[best], -np.inf)
-    return Threshold(float((ranked[best] + below) / 2), "f1", negatives, positives)
+    lowest = float(ranked[best])
+    # Where all are called anomalous there is none below: the lowest must exceed the threshold too.
+    below = float(ranked[best + 1]) if best + 1 < len(ranked) else lowest - 1e-4 * max(abs(lowest), 1e-6)
+    middle = (lowest + below) / 2
+    return Threshold(middle if middle < lowest else below, "f1", negatives, positives)
 
 
 def check_request(method: str, target_fpr: float) -> None:
@@ -246,9 +293,11 @@ def set_thresholds(
         return bool((mine & normal).any()) and (method == NORMAL_FPR or bool((mine & (labels == 1)).any()))
 
     wanted = [name for name in sorted(set(categories)) if has_own(name)]
+    own = {name: one(usable & (names == name), spread) for name in wanted}
+    pooled = one(usable, None)
     return Thresholds(
-        pooled=one(usable, None),
-        categories={name: one(usable & (names == name), spread) for name in wanted},
+        pooled=bounded(pooled, own.values()) if method == NORMAL_FPR else pooled,
+        categories=own,
         method=method,
         target_fpr=target_fpr if method == NORMAL_FPR else None,
         source=source,

@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import inspect
+import shutil
 from pathlib import Path
 from typing import Any
 
 import anomalib.models
+import timm
 from anomalib import LearningType
 from anomalib.metrics import Evaluator
 from anomalib.models import AnomalibModule
+from anomalib.utils.path import get_pretrained_weights_dir
 from timm.models import FeatureDictNet, FeatureHookNet, FeatureListNet
 
 from uad_plugins.config import TrainConfig
 from uad_plugins.errors import UadxError, UsageError, reason_of, unknown_name
-from uad_plugins.models.backbones import CHECKPOINT, HUB, alias, architectures, backbone_weights, hub_record, load_backbone
+from uad_plugins.models.backbones import (
+    CHECKPOINT,
+    HUB,
+    WAYS_OUT,
+    alias,
+    architectures,
+    backbone_weights,
+    hub_record,
+    load_backbone,
+    require_hub,
+)
+
+ONE_BY_ONE = frozenset({"EfficientAd"})
+"""Classes that refuse, once training has begun, batches of more than one image."""
 
 
 def classes() -> dict[str, type[AnomalibModule]]:
@@ -57,11 +73,16 @@ def build(config: TrainConfig) -> tuple[AnomalibModule, list[Any]]:
     """
     cls = find(config.model.name)
     weights = config.model.weights
+    if cls.__name__ in ONE_BY_ONE and config.data.train_batch_size != 1:
+        raise UsageError(
+            f"{config.model.name} is trained with one image at a time, not {config.data.train_batch_size}",
+            "leave the batch size out, or set data.train_batch_size=1",
+        )
     with backbone_weights(weights) as records:
         model = _construct(cls, config, weights)
-        if weights != HUB and "pre_trained" in inspect.signature(cls.__init__).parameters:
+        if weights not in (HUB, CHECKPOINT) and "pre_trained" in inspect.signature(cls.__init__).parameters:
             _fill_extractors(model, weights)
-    if weights != HUB and not records:
+    if weights not in (HUB, CHECKPOINT) and not records:
         raise UadxError(f"{cls.__name__} has no backbone that could be given weights", "leave --weights out")
     if weights == HUB:
         fetched = [hub_record(backbone, str(model.hparams.get("backbone"))) for backbone in _backbones(model)]
@@ -71,7 +92,37 @@ def build(config: TrainConfig) -> tuple[AnomalibModule, list[Any]]:
             f"{cls.__name__} is a {model.learning_type.value} method: it does not learn from images of good parts",
             "choose a one-class method, for example anomalib:Padim",
         )
+    _fetch(model, config)
     return model, records
+
+
+def _fetch(model: AnomalibModule, config: TrainConfig) -> None:
+    """Have fetched now what a method would fetch when training begins: an old run may be gone by then.
+
+    Raises:
+        UadxError: It cannot be had.
+    """
+    if hasattr(model, "prepare_pretrained_model"):
+        try:
+            model.prepare_pretrained_model()
+        except Exception as error:
+            raise UadxError(
+                f"{config.model.name} cannot get its pretrained weights: {reason_of(error)}",
+                f"fetch them on a machine with a network, and copy {get_pretrained_weights_dir()} to this one",
+            ) from error
+    if hasattr(model, "prepare_imagenette_data"):
+        folder = Path(model.imagenet_dir)
+        there = folder.is_dir()
+        try:
+            model.prepare_imagenette_data(config.data.size)
+        except Exception as error:
+            if not there:
+                # What is left of a download would be taken for the data next time.
+                shutil.rmtree(folder, ignore_errors=True)
+            raise UadxError(
+                f"{config.model.name} cannot get the natural images that it trains with in {folder}: {reason_of(error)}",
+                "name a folder of such images (FOLDER/ANY_NAME/*.jpg): --set model.options.imagenet_dir=FOLDER",
+            ) from error
 
 
 def load(checkpoint: Path, config: TrainConfig) -> AnomalibModule:
@@ -101,6 +152,10 @@ def _options(cls: type[AnomalibModule], config: TrainConfig, weights: str) -> di
             options["backbone"] = alias(backbone) if aliased else backbone
     elif section.backbone is not None:
         raise UsageError(f"{cls.__name__} has no backbone to choose", "leave model.backbone out")
+    if weights == HUB and not options.get("pre_trained", True):
+        raise UsageError(
+            "model.options.pre_trained=false would train on random weights", "leave it out; --weights says what is taken"
+        )
     if "pre_trained" in parameters and weights != HUB:
         options["pre_trained"] = False
     unknown = [name for name in options if name not in parameters]
@@ -135,6 +190,9 @@ def _construct(cls: type[AnomalibModule], config: TrainConfig, weights: str) -> 
     if "evaluator" in parameters:
         # Held-out images are normal and without masks: metrics on them that need more are left out.
         options["evaluator"] = Evaluator(test_metrics=list(cls.configure_evaluator().test_metrics))
+    fetches = weights == HUB and isinstance(options.get("backbone"), str) and timm.is_model(options["backbone"])
+    if fetches:
+        require_hub(options["backbone"])
     try:
         return cls(**options)
     except UadxError:
@@ -144,5 +202,7 @@ def _construct(cls: type[AnomalibModule], config: TrainConfig, weights: str) -> 
         reason = reason_of(error)
         raise UadxError(
             f"anomalib's {cls.__name__} cannot be built: {reason}",
-            "check model.options and model.backbone; methods that fetch weights of their own need a network",
+            f"check model.options and model.backbone; if the weights cannot be fetched: {WAYS_OUT}"
+            if fetches
+            else "check model.options and model.backbone; methods that fetch weights of their own need a network",
         ) from error

@@ -159,8 +159,12 @@ def load_backbone(module: nn.Module, architecture: str, source: str) -> WeightsR
     return record
 
 
-def _require_hub(architecture: str) -> None:
-    """Fail at once where the hub cannot be reached and has not been cached: its client would retry for a minute."""
+def require_hub(architecture: str) -> None:
+    """Fail at once where the hub cannot be reached and has not been cached: its client would retry for a minute.
+
+    Raises:
+        UadxError: The message has the ways out.
+    """
     identifier = (timm.get_pretrained_cfg(architecture) or timm.models.PretrainedCfg()).hf_hub_id
     proxied = any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"))
     host = urlsplit(huggingface_hub.constants.ENDPOINT).hostname
@@ -178,7 +182,7 @@ def _require_hub(architecture: str) -> None:
 
 
 def _from_hub(architecture: str) -> tuple[dict[str, torch.Tensor], WeightsRecord]:
-    _require_hub(architecture)
+    require_hub(architecture)
     try:
         model = timm.create_model(architecture, pretrained=True)
     except Exception as error:

@@ -134,12 +134,12 @@ def _reverse_distillation_backbones() -> list[str]:
 
 
 @contextmanager
-def _train_extra() -> Iterator[None]:
+def _train_extra(feature: str = "training") -> Iterator[None]:
     """Turn a missing package of the ``train`` extra into the line that says how to install it."""
     try:
         yield
     except ModuleNotFoundError as error:
-        raise missing_extra("training", "train", error) from error
+        raise missing_extra(feature, "train", error) from error
 
 
 @hookimpl
@@ -183,6 +183,7 @@ def uadx_register_models() -> list[ModelPlugin]:
             build=_build_anomalib,
             load=_load_anomalib,
             options=AnyOptions,
+            recipe=recipe_path("stfpm").parent / "anomalib",
         ),
     ]
 
@@ -192,7 +193,7 @@ def _open_run(folder: Path) -> Detector | None:
 
     if not (folder / MANIFEST).is_file():
         return None
-    with _train_extra():
+    with _train_extra("a trained run"):
         from uad_plugins.models.torch_detector import TorchDetector
 
         return TorchDetector.open(folder)

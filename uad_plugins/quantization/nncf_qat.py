@@ -235,7 +235,7 @@ def _fit(request: QuantizationRequest, module: QatModule, data: UnifiedDataModul
         callbacks=[
             seen,
             held_out,
-            FiniteLoss("lr"),
+            FiniteLoss("lower lr"),
             TrainingProgress(),
             BestCheckpoint(work / "best.ckpt"),
             LastCheckpoint(last),

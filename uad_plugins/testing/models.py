@@ -149,7 +149,8 @@ class ModelConformance(Conformance[ModelPlugin]):
         plugin = self.item
         assert isinstance(plugin.options, type), "options is a class"
         assert issubclass(plugin.options, BaseModel), "options is a subclass of pydantic.BaseModel"
-        assert plugin.recipe is None or read_yaml(plugin.recipe), f"recipe is a YAML file: {plugin.recipe}"
+        for recipe in sorted(plugin.recipe.glob("*.yaml")) if plugin.recipe and plugin.recipe.is_dir() else [plugin.recipe]:
+            assert recipe is None or read_yaml(recipe), f"recipe is a YAML file: {recipe}"
         assert plugin.backbones is None or plugin.backbones(), "backbones() returns names; None for a method without one"
         assert plugin.supports <= SUPPORTS, f"supports is a subset of {', '.join(sorted(SUPPORTS))}"
 

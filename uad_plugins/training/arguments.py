@@ -13,6 +13,9 @@ from uad_plugins.config import TrainConfig, unknown_key
 from uad_plugins.errors import UsageError
 from uad_plugins.models.recipe import DistillationRecipe
 
+COPYING = ("ddp_spawn", "ddp_fork", "ddp_notebook")
+"""Strategies, with all their variants, that leave the callbacks of the process that goes on without what they saw."""
+
 
 def check_trainer_arguments(arguments: Mapping[str, Any]) -> None:
     """Refuse arguments that Lightning's Trainer does not take or that uadx sets itself.
@@ -35,6 +38,12 @@ def check_trainer_arguments(arguments: Mapping[str, Any]) -> None:
             raise UsageError(f"trainer.{name} is set by uadx itself", "remove it from the configuration")
         if name not in known:
             raise unknown_key(["trainer", name], {f"trainer.{key}" for key in known})
+    strategy = arguments.get("strategy")
+    if isinstance(strategy, str) and strategy.startswith(COPYING):
+        raise UsageError(
+            f"trainer.strategy: {strategy} trains in copies of this process, which keep what was learnt and measured",
+            "use ddp",
+        )
     epochs = arguments.get("max_epochs")
     if epochs is not None and (not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 1):
         raise UsageError(f"trainer.max_epochs: must be a whole number of at least 1, not {epochs!r}")

@@ -139,11 +139,11 @@ class FiniteLoss(Callback):
     """Stops a training whose loss is no number any more.
 
     Args:
-        key: Setting of the learning rate, for the message.
+        remedy: What to do about it, for the message.
     """
 
-    def __init__(self, key: str = "optimizer.lr") -> None:
-        self.key = key
+    def __init__(self, remedy: str) -> None:
+        self.remedy = remedy
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -153,7 +153,7 @@ class FiniteLoss(Callback):
         if isinstance(loss, torch.Tensor) and not bool(torch.isfinite(loss).all()):
             raise UadxError(
                 f"the loss became {float(loss.detach().sum())} in epoch {trainer.current_epoch + 1}",
-                f"lower {self.key}; the checkpoints written so far in {trainer.default_root_dir} are whole",
+                f"{self.remedy}; the checkpoints written so far in {trainer.default_root_dir} are whole",
             )
 
 

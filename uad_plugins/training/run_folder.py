@@ -17,11 +17,12 @@ except ImportError:
     fcntl = None  # type: ignore[assignment]
 
 from uad_plugins.artifacts import MANIFEST, Run, RunManifest, write_json, write_text
-from uad_plugins.config import TrainConfig, to_yaml
+from uad_plugins.config import TrainConfig, read_yaml, to_yaml, validate
 from uad_plugins.data.samples import NORMAL, SampleTable
 from uad_plugins.errors import UadxError, UsageError
 
-RESUME_MAY_CHANGE = ("trainer", "plugins", "data.num_workers", "data.eval_batch_size", "thresholds")
+DATA_MAY_CHANGE = ("num_workers", "eval_batch_size", "skip_bad")
+RESUME_MAY_CHANGE = ("trainer", "plugins", "thresholds", *(f"data.{key}" for key in DATA_MAY_CHANGE))
 """Keys (and sections) that a resumed training may change."""
 
 
@@ -74,7 +75,7 @@ def check_folder(run: Run, *, resume: bool, overwrite: bool) -> None:
     if not folder.is_dir():
         raise UadxError(f"{folder}: is a file", "name a folder for the run")
     if not (folder / MANIFEST).is_file():
-        if {path.name for path in folder.iterdir() if not path.name.endswith(".part")} <= {run.config_file.name, "logs"}:
+        if _interrupted_start(run):
             return
         raise UadxError(f"{folder}: is not empty and holds no run", "name a new folder")
     if overwrite or resume:
@@ -85,6 +86,18 @@ def check_folder(run: Run, *, resume: bool, overwrite: bool) -> None:
             "name a new folder, or replace it with --overwrite, or train on with --resume",
         )
     raise UadxError(f"{folder}: holds an unfinished run", "continue it with --resume, or replace it with --overwrite")
+
+
+def _interrupted_start(run: Run) -> bool:
+    """Tell whether a folder without a manifest holds nothing but what ``write_start`` writes before it."""
+    names = {path.name for path in run.folder.iterdir() if not (path.name.startswith(".") and path.name.endswith(".part"))}
+    if not names <= {run.config_file.name, run.skipped_file.name, run.split_file.name}:
+        return False
+    try:
+        return run.config_file.name not in names or bool(validate(read_yaml(run.config_file)))
+    except UadxError:
+        # Somebody else's.
+        return False
 
 
 def write_start(
@@ -107,7 +120,7 @@ def write_start(
     for leftover in run.folder.glob(".*.part"):
         leftover.unlink()
     write_text(run.config_file, to_yaml(config))
-    write_json(run.folder / "skipped.json", dict(skipped))
+    write_json(run.skipped_file, dict(skipped))
     write_json(run.split_file, {"val": [table.relative(int(index)) for index in table.where(split="val", label=NORMAL)]})
     run.write_manifest(manifest)
 
@@ -132,7 +145,7 @@ def resumed_config(run: Run, given: Mapping[str, Any], resolved: TrainConfig) ->
         UsageError: A key that must not change was given another value.
     """
     stored = run.config()
-    before, after = stored.model_dump(mode="json"), resolved.model_dump(mode="json")
+    before, after = stored.model_dump(), resolved.model_dump()
     merged = stored.model_copy(deep=True)
     for path in _leaves(given):
         name = ".".join(path)
@@ -145,8 +158,8 @@ def resumed_config(run: Run, given: Mapping[str, Any], resolved: TrainConfig) ->
             )
     # The section's own recipe must not undo what the first call set: only what is said now changes.
     merged.trainer = {**stored.trainer, **dict(given.get("trainer") or {})}
-    for section, key in (("data", "num_workers"), ("data", "eval_batch_size")):
-        if key in (given.get(section) or {}):
+    for key in DATA_MAY_CHANGE:
+        if key in (given.get("data") or {}):
             setattr(merged.data, key, getattr(resolved.data, key))
     if "thresholds" in given:
         merged.thresholds = resolved.thresholds

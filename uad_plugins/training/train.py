@@ -16,9 +16,11 @@ from uad_plugins.artifacts import MANIFEST, Run, RunManifest, sha256_of, version
 from uad_plugins.config import TrainConfig, model_plugin, ratio_scale
 from uad_plugins.data.datamodule import UnifiedDataModule
 from uad_plugins.data.pixel_cache import PixelCache
-from uad_plugins.data.samples import ANOMALOUS, SPLITS, SampleTable
+from uad_plugins.data.samples import ANOMALOUS, NORMAL, SPLITS, SampleTable
 from uad_plugins.errors import UadxError
 from uad_plugins.evaluation.thresholds import BEST_F1, thresholds_from_samples
+from uad_plugins.models.backbones import CHECKPOINT
+from uad_plugins.models.recipe import DistillationRecipe
 from uad_plugins.models.torch_detector import TorchDetector
 from uad_plugins.progress import Progress
 from uad_plugins.training.arguments import check_trainer_arguments, fit_trainer_arguments
@@ -34,6 +36,9 @@ from uad_plugins.training.run_folder import (
     resumed_config,
     write_start,
 )
+
+OWN_OPTIMIZER = "the method brings its own optimizer: lower its learning rate in model.options, if it takes one"
+"""What to do about a loss that becomes infinite where ``optimizer`` is not used."""
 
 
 def train(
@@ -70,6 +75,7 @@ def train(
     with locked(run.folder), quiet_libraries():
         check_folder(run, resume=resume, overwrite=overwrite)
         resuming = resume and (run.folder / MANIFEST).is_file()
+        resumes = resuming and run.last_checkpoint.is_file()
         if resuming:
             config = resumed_config(run, given or {}, config)
         seed_everything(config.seed, workers=True, verbose=False)
@@ -81,11 +87,13 @@ def train(
         fingerprint = table.fingerprint()
         module.table = table
         # Built before the images are verified: missing weights are found in a second, bad images perhaps in an hour.
-        model = model_plugin(config.model.name).build(config)
+        model = model_plugin(config.model.name).build(_from_checkpoint(config) if resumes else config)
         config = fit_trainer_arguments(config, model, given or {})
         cache = pixel_cache(cache_path(run.folder), config, table)
         try:
             module.verify_images(verifying, cache)
+            # Again: images have been left out.
+            check_thresholds(config, module.table)
             manifest = _manifest(config, module, model, data, fingerprint)
             if main_process():
                 if resuming:
@@ -100,12 +108,22 @@ def train(
                 cache.remove()
 
 
+def _from_checkpoint(config: TrainConfig) -> TrainConfig:
+    """Return the configuration of a model whose weights a checkpoint brings: where they once came from may be gone."""
+    return config.model_copy(update={"model": config.model.model_copy(update={"weights": CHECKPOINT})})
+
+
 def check_thresholds(config: TrainConfig, table: SampleTable) -> None:
     """Find out before training whether the thresholds can be set after it.
 
     Raises:
-        UadxError: Best F1 is wanted and there are no labelled validation images.
+        UadxError: No image of good parts is held out, or best F1 is wanted and there are no labelled validation images.
     """
+    if len(table.where(split="train")) and not len(table.where(split="val", label=NORMAL)):
+        raise UadxError(
+            "no image of good parts is held out that can be read: the checkpoint and the thresholds come from these",
+            "repair them or add others; see 'uadx data check'",
+        )
     if config.thresholds.method == BEST_F1 and not len(table.where(split="val", label=ANOMALOUS)):
         raise UadxError(
             "thresholds.method best-f1 needs defective images in the validation split",
@@ -190,7 +208,7 @@ def _fit(
         callbacks=[
             seen,
             held_out,
-            FiniteLoss(),
+            FiniteLoss("lower optimizer.lr" if isinstance(model, DistillationRecipe) else OWN_OPTIMIZER),
             TrainingProgress(interactive),
             BestCheckpoint(run.checkpoint),
             LastCheckpoint(run.last_checkpoint),

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from uad_plugins.errors import missing_extra
-from uadx.output import emit_json, note, say, table
+from uadx.output import emit_json, note, program, say, table
 
 
 def quickstart(
@@ -54,9 +54,10 @@ def quickstart(
         say(f"example    {image}: {describe(shown.score, shown.threshold)}: {shown.verdict} ({shown.engine}, without torch)")
     say("")
     say("next, on images of your own (CATEGORY/train/good, CATEGORY/test/good, CATEGORY/test/DEFECT):")
-    say("  uadx data check DATA")
-    say("  uadx train DATA --config stfpm_short --weights bundled --image-size 128 --epochs 30 --out RUN")
-    say("  uadx evaluate RUN DATA --out EVALUATION")
-    say("  uadx quantize RUN --data DATA --out INT8")
-    say("  uadx deploy INT8 --target openvino-cpu --out BUNDLE")
-    say("  uadx predict BUNDLE IMAGES --category CATEGORY --out MAPS")
+    uadx = program()
+    say(f"  {uadx} data check DATA")
+    say(f"  {uadx} train DATA --config stfpm_short --weights bundled --image-size 128 --epochs 30 --out RUN")
+    say(f"  {uadx} evaluate RUN DATA --out EVALUATION")
+    say(f"  {uadx} quantize RUN --data DATA --out INT8")
+    say(f"  {uadx} deploy INT8 --target openvino-cpu --out BUNDLE")
+    say(f"  {uadx} predict BUNDLE IMAGES --category CATEGORY --out MAPS")

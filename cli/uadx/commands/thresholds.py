@@ -23,25 +23,24 @@ def thresholds(
 ) -> None:
     """Set the decision thresholds of a run or a quantized model anew.
 
-    From images that the run has never seen: all of DATA, with normal-fpr those labelled normal. If DATA is what the run was
-    trained on, from the images held out from training alone.
+    From images that the run has not been trained on: all others of DATA, with normal-fpr those labelled normal. If DATA is
+    what the run was trained on, or a copy of it, from the images held out from training alone. Products that DATA lacks keep
+    their thresholds; then the pooled one is kept too.
     """
     from uad_plugins.artifacts import write_json
     from uad_plugins.config import ratio_scale
-    from uad_plugins.data.layouts import scan
-    from uad_plugins.data.samples import hold_out
+    from uad_plugins.data.unseen import unseen
     from uad_plugins.detector import open_detector
     from uad_plugins.evaluation.thresholds import check_request, thresholds_from_samples
 
     check_request(method, target_fpr)
     trained_on, thresholds_file = _trained_on(run)
-    samples, which, kind = scan(data, layout), None, f"of {data}"
-    if trained_on["data"] == str(Path(data).expanduser().absolute()):
-        wanted = scan(data, layout or trained_on["layout"], trained_on["categories"])
-        samples = hold_out(wanted, trained_on["val_fraction"], trained_on["seed"])
-        which, kind = samples.where(split="val"), "held out from training"
+    samples, indices, held_out = unseen(data, layout, trained_on)
+    kind = "held out from training" if held_out else f"of {data}"
+    if held_out:
         note("note: the run was trained on this data; the images held out from training are used")
-    indices = range(len(samples)) if which is None else which
+    elif len(indices) < len(samples):
+        note(f"note: the run was trained on {len(samples) - len(indices)} of these images; they are left out")
     with open_detector(run) as detector, counting("scoring images") as progress:
         result = thresholds_from_samples(
             detector,
@@ -53,6 +52,9 @@ def thresholds(
             ratio_scale=ratio_scale(_method(run)),
             progress=progress,
         )
+        result, kept = result.over(detector.thresholds, detector.categories)
+    if kept:
+        note(f"note: not measured, and kept as they were: {', '.join(kept)}")
     if not dry_run:
         write_json(thresholds_file, result.as_dict())
     if as_json:

@@ -174,9 +174,7 @@ class PatchNetwork(nn.Module):
                 x = F.leaky_relu(x, SLOPE)
         return x.flatten(1).unflatten(1, (self.copies, DIMENSIONS))
 
-    def dense(
-        self, images: torch.Tensor, stride: int | None = None, offset: tuple[int, int] | None = None
-    ) -> torch.Tensor:
+    def dense(self, images: torch.Tensor, stride: int | None = None, offset: tuple[int, int] | None = None) -> torch.Tensor:
         """Return the descriptor of the patch around every ``stride``-th pixel; beyond the border images are mirrored.
 
         Args:

@@ -1,0 +1,103 @@
+"""``uadx thresholds``: from images that were not trained on, for the products that are there."""
+
+import json
+import shutil
+
+import pytest
+from runs import small_config
+
+from uad_plugins.artifacts import Run, read_json
+from uad_plugins.data.layouts import scan
+from uad_plugins.data.samples import hold_out
+from uad_plugins.data.unseen import unseen
+from uad_plugins.errors import UadxError
+from uad_plugins.training.train import train
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+def test_a_dry_run_stores_nothing(uadx, products, trained, run, tmp_path):
+    before = (run / "thresholds.json").read_text()
+    other = shutil.copytree(products, tmp_path / "labelled")
+    (other / "fabric" / "train" / "good" / "0000.png").unlink()
+    status, out, err = uadx("thresholds", run, other, "--method", "best-f1", "--dry-run", "--json")
+    assert status == 0, err
+    assert json.loads(out)["method"] == "best-f1"
+    assert (run / "thresholds.json").read_text() == before
+
+
+@pytest.mark.parametrize("place", ["as it was", "by a link", "a copy"])
+def test_of_the_data_trained_on_the_held_out_images_are_taken(uadx, products, run, tmp_path, place):
+    data = products
+    if place == "by a link":
+        data = tmp_path / "link"
+        data.symlink_to(products)
+    if place == "a copy":
+        data = shutil.copytree(products, tmp_path / "copy")
+    status, out, err = uadx("thresholds", run, data, "--target-fpr", "0.2", "--json")
+    assert status == 0, err
+    assert json.loads(out) == read_json(run / "thresholds.json")
+    assert json.loads(out)["source"] == "3 normal images held out from training"
+    assert "the images held out from training are used" in err
+
+
+def test_products_that_are_not_there_keep_their_thresholds(uadx, products, run, tmp_path):
+    before = read_json(run / "thresholds.json")
+    data = tmp_path / "more"
+    shutil.copytree(products / "fabric", data / "fabric")
+    status, out, err = uadx("thresholds", run, data, "--json")
+    assert status == 0, err
+    after = json.loads(out)
+    assert after == read_json(run / "thresholds.json")
+    assert after["categories"]["fabric"]["normal"] == 14
+    assert {n: after["categories"][n] for n in ("connector", "washer")} == {
+        n: before["categories"][n] for n in ("connector", "washer")
+    }
+    assert after["pooled"] == before["pooled"]
+    assert after["source"] == f"14 normal images of {data}; kept as they were: connector, washer, pooled"
+    assert err.endswith("note: not measured, and kept as they were: connector, washer, pooled\n")
+
+
+def test_images_trained_on_are_left_out_of_a_part_of_the_data(uadx, products, run):
+    status, out, err = uadx("thresholds", run, products / "fabric", "--json", "--dry-run")
+    assert status == 0, err
+    assert json.loads(out)["categories"]["fabric"]["normal"] == 5
+    assert "note: the run was trained on 9 of these images; they are left out\n" in err
+
+
+def test_data_that_has_changed_since_it_was_trained_on_is_refused(uadx, products, tmp_path, picture):
+    data = shutil.copytree(products, tmp_path / "data")
+    train(small_config({"trainer": {"max_epochs": 1}}), data, tmp_path / "run", interactive=False)
+    picture(data / "fabric" / "train" / "good" / "new.png", size=(64, 64))
+    status, _, err = uadx("thresholds", tmp_path / "run", data)
+    assert status == 1
+    assert err.startswith(f"error: {data}: has changed since it was trained on: which of its images were held out is not")
+    # What lies in a part of it may have been trained on or held out: only the rest is certain.
+    samples, chosen, held_out = unseen(str(data / "fabric"), None, Run(tmp_path / "run").source())
+    assert not held_out
+    assert {samples[int(index)].split for index in chosen} == {"test"}
+
+
+def test_a_quantized_model_that_knows_no_fingerprint_recognises_the_place(products, trained):
+    origin = {**Run(trained).source(), "fingerprint": None}
+    samples, chosen, held_out = unseen(str(products), None, origin)
+    assert held_out
+    expected = hold_out(scan(products), 0.1, 0).where(split="val")
+    assert chosen.tolist() == expected.tolist()
+    assert len(samples) == len(scan(products))
+
+
+def test_data_without_an_unseen_image_is_refused(uadx, products, run, tmp_path):
+    rows = [s for s in hold_out(scan(products), 0.1, 0) if s.split == "train"]
+    index = tmp_path / "index.jsonl"
+    index.write_text(
+        "\n".join(json.dumps({"path": s.path, "category": s.category, "split": "train", "label": 0}) for s in rows)
+    )
+    status, _, err = uadx("thresholds", run, index)
+    assert status == 1
+    assert "error: no normal image to set a threshold from\n" in err
+    with pytest.raises(UadxError, match="no such file or folder"):
+        unseen(str(tmp_path / "nowhere"), None, Run(run).source())

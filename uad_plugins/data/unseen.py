@@ -1,0 +1,67 @@
+"""Which images of a data set a training has not seen."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from uad_plugins.data.layouts import scan
+from uad_plugins.data.samples import SampleTable, hold_out
+from uad_plugins.errors import UadxError
+
+
+def unseen(data: str, layout: str | None, origin: Mapping[str, Any]) -> tuple[SampleTable, NDArray[np.int64], bool]:
+    """Index a data set, and choose the images that a training has not seen.
+
+    The data that was trained on is recognised where it was, and by its fingerprint elsewhere. Of other data the images that
+    were trained on are left out, by their files.
+
+    Args:
+        data: Folder or index file.
+        layout: Name of its layout; None recognises it.
+        origin: What the training began with, as ``Run.source`` gives it.
+
+    Returns:
+        The samples; the indices of those that were not trained on; whether it is the data that was trained on, of which only
+        the images held out are chosen.
+
+    Raises:
+        UadxError: The data cannot be read, or it is what was trained on and has changed since.
+    """
+    trained_in, fingerprint = str(origin["data"]), origin.get("fingerprint")
+    same_place = Path(data).expanduser().resolve() == Path(trained_in).resolve()
+    again = _as_trained(data, layout, origin)
+    if same_place and (again is None or fingerprint not in (None, again.fingerprint())):
+        raise UadxError(
+            f"{data}: has changed since it was trained on: which of its images were held out is not known any more",
+            "give images that the training has not seen, in a folder of their own",
+        )
+    if again is not None and (same_place or again.fingerprint() == fingerprint):
+        return again, again.where(split="val"), True
+    samples = scan(data, layout)
+    seen = _seen(origin)
+    chosen = [index for index in range(len(samples)) if os.path.realpath(samples.paths[index]) not in seen]
+    return samples, np.array(chosen, dtype=np.int64), False
+
+
+def _as_trained(data: str, layout: str | None, origin: Mapping[str, Any]) -> SampleTable | None:
+    """Index data with the splits of the training; None where that cannot be done, so that it is other data."""
+    try:
+        found = scan(data, layout or origin["layout"], origin["categories"])
+        return hold_out(found, origin["val_fraction"], origin["seed"])
+    except UadxError:
+        return None
+
+
+def _seen(origin: Mapping[str, Any]) -> set[str]:
+    """Return the files trained on that still lie there; with those held out, where these cannot be told apart."""
+    table = _as_trained(str(origin["data"]), None, origin)
+    if table is None:
+        return set()
+    splits = ["train"] if origin.get("fingerprint") in (None, table.fingerprint()) else ["train", "val"]
+    return {os.path.realpath(table.paths[int(index)]) for split in splits for index in table.where(split=split)}

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 from uadx.app import app
 
 from uad_plugins.artifacts import Run, read_json
+from uad_plugins.config import find_config, resolve
 from uad_plugins.data.batches import UnifiedBatch
 from uad_plugins.data.layouts import scan
 from uad_plugins.detector import open_detector
@@ -281,6 +283,22 @@ def test_the_teacher_that_ships(monkeypatch):
     assert [r["source"] for r in model.teacher_records] == ["bundled"]
     patches_ = torch.randn(2, 3, 33, 33)
     assert torch.allclose(model.model.teachers[0](patches_), network(patches_), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"steps": 6}, {"images": "normal"}, {"images": "procedural"}, {"metric": 1.0}, {"seed": 1}, {"target_size": 0}],
+)
+def test_the_teacher_that_ships_does_not_stand_in_for_another_recipe(change):
+    shipped = {"weights": "bundled", "patch_sizes": [33], "width": 0.5, "stride": 4}
+    edge = resolve(file=find_config(Path("uninformed_students_edge")), environment={}).model.options["teacher"]
+    for recipe in ({}, edge):
+        assert UninformedStudents(**shipped, teacher=recipe).teacher_records[0]["source"] == "bundled"
+        if recipe.get(next(iter(change))) != next(iter(change.values())):
+            model = UninformedStudents(**shipped, teacher={**recipe, **change})
+            assert model.teacher_records == []
+            # Distilled from the network that ships, as asked.
+            assert model.weights_record.source == "bundled"
 
 
 # Runs

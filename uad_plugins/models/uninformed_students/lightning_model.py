@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,23 +17,21 @@ from torch import nn
 
 from uad_plugins.config import OptimizerConfig
 from uad_plugins.errors import UadxError
-from uad_plugins.models.backbones import BUNDLED, CHECKPOINT, HUB, require_architecture
+from uad_plugins.models.backbones import BUNDLED, BUNDLED_ARCHITECTURE, CHECKPOINT, HUB, require_architecture
 from uad_plugins.models.recipe import DistillationRecipe, Observe
 from uad_plugins.models.uninformed_students.networks import DIMENSIONS, PatchNetwork, patch_networks
-from uad_plugins.models.uninformed_students.options import BY_CATEGORY, GLOBAL, NORMAL, PROCEDURAL, UninformedStudentsOptions
+from uad_plugins.models.uninformed_students.options import BY_CATEGORY, GLOBAL, UninformedStudentsOptions
 from uad_plugins.models.uninformed_students.passes import batches, flattened
-from uad_plugins.models.uninformed_students.patches import PatchSource, from_dataset, from_folder
-from uad_plugins.models.uninformed_students.procedural import procedural_source
-from uad_plugins.models.uninformed_students.processes import on_first_process
 from uad_plugins.models.uninformed_students.teachers import (
     PretrainedFeature,
     TeacherRecord,
     bundled_teacher,
-    distilled_teacher,
+    distilled_teachers,
+    patch_source,
     records_as_dict,
+    shipped_recipes,
 )
 from uad_plugins.models.uninformed_students.torch_model import Moments, UninformedStudentsModel
-from uad_plugins.progress import Progress, counting
 
 RECIPE = OptimizerConfig(name="adam", lr=1e-4, weight_decay=1e-5)
 
@@ -43,11 +39,12 @@ RECIPE = OptimizerConfig(name="adam", lr=1e-4, weight_decay=1e-5)
 class UninformedStudents(DistillationRecipe, AnomalibModule):
     """Uninformed Students (Bergmann et al., CVPR 2020, arXiv 1911.02357).
 
-    The teachers are taken from the package (``weights="bundled"``, where one ships for the patch size and width), from the
-    cache, or are distilled when training begins. The statistics of their descriptors are taken from the training images
-    before the first step, each image once whatever the sampling, of the pixels that the output stride gives: with a stride
-    of 4 every sixteenth. Those of error and variance are taken from the held-out images before each validation (without any,
-    from the training images after each epoch), so that the checkpoints written then hold the ones of their weights.
+    The teachers are taken from the package (``weights="bundled"``, where one ships for the patch size and width and
+    ``teacher`` is as in a configuration that ships), from the cache, or are distilled when training begins. The statistics
+    of their descriptors are taken from the training images before the first step, each image once whatever the sampling, of
+    the pixels that the output stride gives: with a stride of 4 every sixteenth. Those of error and variance are taken from
+    the held-out images before each validation (without any, from the training images after each epoch), so that the
+    checkpoints written then hold the ones of their weights.
 
     Args:
         backbone: timm ResNet that the teachers are distilled from.
@@ -102,7 +99,7 @@ class UninformedStudents(DistillationRecipe, AnomalibModule):
                 "teacher": dict(teacher or {}),
             }
         )
-        require_architecture(backbone)
+        bare = require_architecture(backbone)
         super().__init__(
             pre_processor=pre_processor, post_processor=post_processor, evaluator=evaluator, visualizer=visualizer
         )
@@ -119,7 +116,7 @@ class UninformedStudents(DistillationRecipe, AnomalibModule):
         # In a list, so that it is no part of the module and of no checkpoint.
         self._pretrained: list[PretrainedFeature] = []
         self._missing = [] if weights == CHECKPOINT else list(range(len(patch_sizes)))
-        if weights == BUNDLED:
+        if weights == BUNDLED and bare == BUNDLED_ARCHITECTURE and options.teacher in shipped_recipes():
             self._missing = [scale for scale in self._missing if not self._take_bundled(scale)]
         if self._missing:
             # Loaded now: missing weights are found before any image is read.
@@ -185,49 +182,20 @@ class UninformedStudents(DistillationRecipe, AnomalibModule):
 
     def _distil(self) -> None:
         # On every process: setting loaders up is a meeting of all.
-        loaders = self._training_loaders()
-
-        def work(beat: Callable[[], None]) -> list[tuple[PatchNetwork, TeacherRecord]]:
-            source = self._patch_source(loaders)
-            return [self._distilled(self.patch_sizes[scale], source, beat) for scale in self._missing]
-
-        for scale, found in zip(self._missing, on_first_process(self.trainer.strategy, work), strict=True):
-            self._take(scale, *found)
+        loaders = flattened(self._training_loaders())
+        data = getattr(loaders[0], "dataset", None) if loaders else None
+        size = tuple(self.input_size or (256, 256))
+        found = distilled_teachers(
+            self.trainer.strategy,
+            self.teacher_recipe,
+            [self.patch_sizes[scale] for scale in self._missing],
+            self.width,
+            self._pretrained[0],
+            lambda: patch_source(self.teacher_recipe.images, data, size),
+        )
+        for scale, (network, record) in zip(self._missing, found, strict=True):
+            self._take(scale, network, record)
         self._missing, self._pretrained = [], []
-
-    def _distilled(
-        self, patch_size: int, source: PatchSource, beat: Callable[[], None]
-    ) -> tuple[PatchNetwork, TeacherRecord]:
-        @contextmanager
-        def report(what: str) -> Iterator[Progress]:
-            with counting(what) as show:
-
-                def update(done: int, total: int) -> None:
-                    beat()
-                    show(done, total)
-
-                yield update
-
-        # Whether a teacher was in the cache must not change the random numbers of the training.
-        with torch.random.fork_rng(devices=[]):
-            return distilled_teacher(
-                self.teacher_recipe,
-                patch_size,
-                self.width,
-                self._pretrained[0],
-                source,
-                device=self.trainer.strategy.root_device,
-                report=report,
-            )
-
-    def _patch_source(self, loaders: Any) -> PatchSource:
-        images = self.teacher_recipe.images
-        if images == PROCEDURAL:
-            return procedural_source()
-        if images != NORMAL:
-            return from_folder(Path(images))
-        data = next((getattr(loader, "dataset", None) for loader in flattened(loaders)), None)
-        return from_dataset(data, tuple(self.input_size or (256, 256)))
 
     # Statistics
 

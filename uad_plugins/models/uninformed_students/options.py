@@ -23,10 +23,10 @@ class TeacherRecipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    images: str = Field(
-        NORMAL,
+    images: str | None = Field(
+        None,
         description="What patches are cropped from: a folder of natural images, 'normal' (the training images), or "
-        "'procedural' (drawn images).",
+        "'procedural' (drawn images). null: the training images, unless the teacher that ships is taken.",
     )
     layer: Literal[2, 3, 4] = Field(4, description="Layer of the pretrained ResNet whose pooled feature is the target.")
     target_size: int = Field(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,13 +16,16 @@ from torch import nn
 from torch.nn import functional as F
 
 from uad_plugins.artifacts import atomic_path, cache_folder
+from uad_plugins.config import read_yaml, recipe_path
 from uad_plugins.errors import UadxError, reason_of
 from uad_plugins.models.backbones import BUNDLED, WeightsRecord, load_backbone
 from uad_plugins.models.uninformed_students.distillation import LossWeights, distil
 from uad_plugins.models.uninformed_students.networks import PatchNetwork
-from uad_plugins.models.uninformed_students.options import TeacherRecipe
-from uad_plugins.models.uninformed_students.patches import PatchSource
-from uad_plugins.progress import Progress
+from uad_plugins.models.uninformed_students.options import NORMAL, PROCEDURAL, TeacherRecipe
+from uad_plugins.models.uninformed_students.patches import PatchSource, from_dataset, from_folder
+from uad_plugins.models.uninformed_students.procedural import procedural_source
+from uad_plugins.models.uninformed_students.processes import on_first_process
+from uad_plugins.progress import Progress, counting
 
 VERSION = 2
 """Changes whenever the same recipe would give another teacher."""
@@ -172,6 +175,71 @@ def distilled_teacher(
     save_teacher(teacher, record, path)
     checkpoint.unlink(missing_ok=True)
     return teacher, record
+
+
+def distilled_teachers(
+    strategy: Any,
+    recipe: TeacherRecipe,
+    patch_sizes: Sequence[int],
+    width: float,
+    target: PretrainedFeature,
+    source: Callable[[], PatchSource],
+) -> list[tuple[PatchNetwork, TeacherRecord]]:
+    """Return the teacher of each patch size in every process of a training; see ``distilled_teacher``.
+
+    Args:
+        strategy: Lightning's.
+        recipe: How they are distilled.
+        patch_sizes: Of 17, 33, 65.
+        width: Share of the paper's channels.
+        target: The pretrained network.
+        source: Gives the patches.
+    """
+
+    def work(beat: Callable[[], None]) -> list[tuple[PatchNetwork, TeacherRecord]]:
+        @contextmanager
+        def report(what: str) -> Iterator[Progress]:
+            with counting(what) as show:
+
+                def update(done: int, total: int) -> None:
+                    beat()
+                    show(done, total)
+
+                yield update
+
+        options: dict[str, Any] = {"device": strategy.root_device, "report": report}
+        patches = source()
+        # Whether a teacher was in the cache must not change the random numbers of the training.
+        with torch.random.fork_rng(devices=[]):
+            return [distilled_teacher(recipe, size, width, target, patches, **options) for size in patch_sizes]
+
+    return on_first_process(strategy, work)
+
+
+def patch_source(images: str | None, training: Any, size: tuple[int, int]) -> PatchSource:
+    """Return what a recipe says that patches are cropped from.
+
+    Args:
+        images: ``TeacherRecipe.images``.
+        training: The training data set.
+        size: ``(height, width)`` that training images are used at.
+
+    Raises:
+        UadxError: There are no such images.
+    """
+    if images == PROCEDURAL:
+        return procedural_source()
+    return from_dataset(training, size) if images in (None, NORMAL) else from_folder(Path(images))
+
+
+def shipped_recipes() -> list[TeacherRecipe]:
+    """Return the defaults, and the recipes in the configurations that ship.
+
+    Who has one of these has asked for no teacher in particular, and the one that ships will do.
+    """
+    shipped = (read_yaml(path).get("model", {}) for path in sorted(recipe_path("uninformed_students").parent.glob("*.yaml")))
+    options = (model.get("options", {}) for model in shipped if model.get("name") == "uninformed_students")
+    return [TeacherRecipe(), *(TeacherRecipe.model_validate(section.get("teacher", {})) for section in options)]
 
 
 def bundled_teacher(patch_size: int, width: float) -> tuple[PatchNetwork, TeacherRecord] | None:

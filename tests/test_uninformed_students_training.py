@@ -372,6 +372,23 @@ def test_evaluate_and_predict(run, products, tmp_path):
     assert {round(row["score"], 5) for row in rows} <= {round(score, 5) for score in scored.values()}
 
 
+def test_a_run_is_evaluated_in_batches_of_its_configuration(products, run, tmp_path):
+    for recipe in ("uninformed_students", "uninformed_students_edge"):
+        assert resolve(file=find_config(Path(recipe)), environment={}).data.eval_batch_size <= 8
+    shutil.copytree(run, tmp_path / "run")
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(config.read_text().replace("eval_batch_size: 32", "eval_batch_size: 3"))
+    paths = sorted(str(path) for path in (products / "washer" / "test").rglob("*.png"))
+    seen = []
+    with open_detector(tmp_path / "run") as detector, open_detector(run) as whole:
+        detector.model.model.register_forward_hook(lambda _module, inputs, _output: seen.append(len(inputs[0])))
+        found = list(detector.stream(paths))
+        for mine, other in zip(found, whole.stream(paths), strict=True):
+            assert mine.score == pytest.approx(other.score, rel=1e-4)
+            assert np.allclose(mine.anomaly_map, other.anomaly_map, rtol=1e-3, atol=1e-3)
+    assert seen == [3, 3, 2]
+
+
 def test_the_same_seed_gives_the_same_scores(run, products, tmp_path):
     small_run(products, tmp_path / "again", over())
     paths = sorted(str(path) for path in (products / "washer" / "test").rglob("*.png"))
@@ -548,8 +565,10 @@ def test_training_at_an_output_stride_of_its_own_reaches_every_pixel(monkeypatch
     model.model.feature_std.fill_(1.0)
     model.log = lambda *_, **__: None
     seen = []
-    inner = model.model.deviations
-    model.model.deviations = lambda images, *more: seen.append(tuple(images.shape[-2:])) or inner(images, *more)
+    inner = model.model.losses
+    model.model.losses = lambda images, *more: seen.append(tuple(images.shape[-2:])) or inner(images, *more)
+    # Error and variance are no part of a training step.
+    model.model.deviations = None
     batch = UnifiedBatch(image=torch.rand(1, 3, 64, 64), gt_label=torch.zeros(1, dtype=torch.long))
     monkeypatch.setattr(UninformedStudents, "global_step", property(lambda _: len(seen)))
     for _ in range(16):

@@ -310,7 +310,7 @@ class UninformedStudents(DistillationRecipe, AnomalibModule):
             # alone, so that a resumed training goes on as an unbroken one.
             down, right = divmod(self.global_step * 5 % self.train_stride**2, self.train_stride)
             images = images[..., down:, right:]
-        loss = self.model.deviations(images, self._category_of(batch), self.train_stride).losses.mean()
+        loss = self.model.losses(images, self._category_of(batch), self.train_stride).mean()
         self.log("train_loss", loss.detach(), on_epoch=True, prog_bar=True, batch_size=len(images))
         return {"loss": loss}
 

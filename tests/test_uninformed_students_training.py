@@ -629,9 +629,27 @@ def test_teacher_distill_fills_the_cache_and_writes_a_file(pictures, tmp_path):
     assert half(torch.randn(1, 3, 17, 17)).shape == (1, 1, 128)
 
 
+def test_teacher_distill_makes_what_a_training_with_the_same_configuration_looks_up(
+    pictures, products, tmp_path, monkeypatch
+):
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps(over(teacher={**TEACHER, "steps": 5, "seed": 7})))
+    words = ["--weights", "bundled", "--config", str(config)]
+    done = CliRunner().invoke(app, ["teacher", "distill", str(pictures), *words])
+    assert done.exit_code == 0, done.output
+    assert [line.split()[2] for line in done.stdout.splitlines() if line.startswith("teacher")] == ["17x17", "33x33"]
+    monkeypatch.setattr(teachers, "distil", lambda *_, **__: pytest.fail("distilled again"))
+    changes = ["data.image_size=64", "data.num_workers=0", "trainer.max_epochs=1", "trainer.accelerator=cpu"]
+    words += ["--set", f"model.options.teacher.images={pictures}", *changes]
+    done = CliRunner().invoke(app, ["train", str(products), "--out", str(tmp_path / "run"), *words])
+    assert done.exit_code == 0, done.output
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--config", "stfpm_short"], "a configuration of stfpm, which has no such teacher"),
+        (["--config", "uninformed_students", "--out", "teacher.safetensors"], "--out takes one teacher"),
         (["--patch-size", "18"], "there is no such patch network"),
         (["--set", "step=4"], "--set step"),
         (["--set", "steps=none"], "--set steps"),

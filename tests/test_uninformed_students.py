@@ -19,7 +19,12 @@ from uad_plugins.models.uninformed_students.networks import (
     multiply_accumulates,
     receptive_field,
 )
-from uad_plugins.models.uninformed_students.torch_model import Moments, UninformedStudentsModel
+from uad_plugins.models.uninformed_students.torch_model import (
+    Deviations,
+    Moments,
+    UninformedStudentsModel,
+    predictive_variance,
+)
 
 PATCH_SIZES = (17, 33, 65)
 
@@ -238,11 +243,43 @@ def test_the_variance_does_not_cancel_in_half_precision():
     offset = 30 + torch.tensor([-0.25, 0.0, 0.25])
     students = offset[None, :, None, None, None].expand(1, 3, 128, 1, 1).half()
     true = 128 * float(torch.tensor([0.0625, 0, 0.0625]).mean())
-    centre = students.mean(dim=1, keepdim=True)
-    ours = (students - centre).square().sum(dim=2).mean(dim=1)
-    papers = students.square().sum(dim=2).mean(dim=1) - centre[:, 0].square().sum(dim=1)
-    assert float(ours) == pytest.approx(true, rel=0.01)
-    assert float(papers) != pytest.approx(true, rel=0.5)
+    assert float(predictive_variance(students, students.mean(dim=1, keepdim=True))) == pytest.approx(true, rel=0.01)
+
+
+def test_a_network_in_half_precision_computes_the_variance_that_does_not_cancel(monkeypatch):
+    made = model(patch_sizes=(17,), stride=4).half()
+    students = (30 + torch.tensor([-0.25, 0.0, 0.25])).half()[None, :, None, None, None].expand(1, 3, 128, 2, 2)
+    monkeypatch.setattr(made.students[0], "dense", lambda *_: students)
+    monkeypatch.setattr(made, "targets", lambda *_: [torch.zeros(1, 1, 128, 2, 2).half()])
+    found = made.deviations(torch.zeros(1, 3, 8, 8).half()).variances
+    assert torch.allclose(found.float(), torch.full((1, 1, 2, 2), 128 * 0.125 / 3), rtol=0.01)
+
+
+def test_the_losses_alone_are_those_of_the_deviations():
+    made, images = model(categories=2), torch.randn(2, 3, 64, 64)
+    category = torch.tensor([1, 0])
+    with torch.no_grad():
+        for stride in (None, 2):
+            assert torch.equal(made.losses(images, category, stride), made.deviations(images, category, stride).losses)
+
+
+@pytest.mark.parametrize("stride", [2, 4, 8])
+@pytest.mark.parametrize("size", [(64, 64), (65, 47), (50, 59)])
+def test_the_map_shows_a_descriptor_where_it_was_computed(size, stride):
+    made = model(patch_sizes=(17,), students=1, stride=stride)
+    made.score_mean.zero_()
+    made.score_std.fill_(1)
+    height, width = -(-size[0] // stride), -(-size[1] // stride)
+    # Errors that say where the centre of their patch lies.
+    rows = (torch.arange(height) * stride + (stride - 1) // 2).float()[:, None].expand(height, width)
+    columns = (torch.arange(width) * stride + (stride - 1) // 2).float()[None].expand(height, width)
+    for found, length, axis in ((rows, size[0], 0), (columns, size[1], 1)):
+        errors = found[None, None]
+        shown = made.anomaly_map(Deviations(torch.zeros(1), errors, torch.zeros_like(errors)), size)[0, 0]
+        line = shown[:, 0] if axis == 0 else shown[0]
+        # Beyond the centres of the outermost patches their values are repeated.
+        inside = slice(stride // 2, min(length, len(found[:, 0] if axis == 0 else found[0]) * stride - stride // 2))
+        assert (line[inside] - torch.arange(length)[inside]).abs().max() <= 0.5 + 1e-4
 
 
 def test_the_map_is_the_mean_over_scales_of_both_z_scores_and_the_score_its_maximum():
@@ -331,8 +368,8 @@ def exported(made, images, path, *more):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("stride", "patch_sizes"), [(1, (17, 65)), (2, (33, 65)), (4, (33,)), (8, (65, 17))])
-@pytest.mark.parametrize("size", [(72, 72), (80, 104)])
+@pytest.mark.parametrize(("stride", "patch_sizes"), [(1, (17, 65)), (1, (33,)), (2, (33, 65)), (4, (33,)), (8, (65, 17))])
+@pytest.mark.parametrize("size", [(72, 72), (80, 104), (75, 67)])
 def test_onnx_and_openvino_agree_with_torch_at_any_size(tmp_path, size, stride, patch_sizes):
     onnxruntime, openvino = pytest.importorskip("onnxruntime"), pytest.importorskip("openvino")
     made = model(stride=stride, patch_sizes=patch_sizes)

@@ -372,6 +372,23 @@ def test_evaluate_and_predict(run, products, tmp_path):
     assert {round(row["score"], 5) for row in rows} <= {round(score, 5) for score in scored.values()}
 
 
+def test_a_run_is_evaluated_in_batches_of_its_configuration(products, run, tmp_path):
+    for recipe in ("uninformed_students", "uninformed_students_edge"):
+        assert resolve(file=find_config(Path(recipe)), environment={}).data.eval_batch_size <= 8
+    shutil.copytree(run, tmp_path / "run")
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(config.read_text().replace("eval_batch_size: 32", "eval_batch_size: 3"))
+    paths = sorted(str(path) for path in (products / "washer" / "test").rglob("*.png"))
+    seen = []
+    with open_detector(tmp_path / "run") as detector, open_detector(run) as whole:
+        detector.model.model.register_forward_hook(lambda _module, inputs, _output: seen.append(len(inputs[0])))
+        found = list(detector.stream(paths))
+        for mine, other in zip(found, whole.stream(paths), strict=True):
+            assert mine.score == pytest.approx(other.score, rel=1e-4)
+            assert np.allclose(mine.anomaly_map, other.anomaly_map, rtol=1e-3, atol=1e-3)
+    assert seen == [3, 3, 2]
+
+
 def test_the_same_seed_gives_the_same_scores(run, products, tmp_path):
     small_run(products, tmp_path / "again", over())
     paths = sorted(str(path) for path in (products / "washer" / "test").rglob("*.png"))
@@ -548,8 +565,10 @@ def test_training_at_an_output_stride_of_its_own_reaches_every_pixel(monkeypatch
     model.model.feature_std.fill_(1.0)
     model.log = lambda *_, **__: None
     seen = []
-    inner = model.model.deviations
-    model.model.deviations = lambda *given: seen.append(given[-1]) or inner(*given)
+    inner = model.model.losses
+    model.model.losses = lambda *given: seen.append(given[-1]) or inner(*given)
+    # Error and variance are no part of a training step.
+    model.model.deviations = None
     batch = UnifiedBatch(image=torch.rand(1, 3, 64, 64), gt_label=torch.zeros(1, dtype=torch.long))
     monkeypatch.setattr(UninformedStudents, "global_step", property(lambda _: len(seen)))
     for _ in range(16):
@@ -610,9 +629,27 @@ def test_teacher_distill_fills_the_cache_and_writes_a_file(pictures, tmp_path):
     assert half(torch.randn(1, 3, 17, 17)).shape == (1, 1, 128)
 
 
+def test_teacher_distill_makes_what_a_training_with_the_same_configuration_looks_up(
+    pictures, products, tmp_path, monkeypatch
+):
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps(over(teacher={**TEACHER, "steps": 5, "seed": 7})))
+    words = ["--weights", "bundled", "--config", str(config)]
+    done = CliRunner().invoke(app, ["teacher", "distill", str(pictures), *words])
+    assert done.exit_code == 0, done.output
+    assert [line.split()[2] for line in done.stdout.splitlines() if line.startswith("teacher")] == ["17x17", "33x33"]
+    monkeypatch.setattr(teachers, "distil", lambda *_, **__: pytest.fail("distilled again"))
+    changes = ["data.image_size=64", "data.num_workers=0", "trainer.max_epochs=1", "trainer.accelerator=cpu"]
+    words += ["--set", f"model.options.teacher.images={pictures}", *changes]
+    done = CliRunner().invoke(app, ["train", str(products), "--out", str(tmp_path / "run"), *words])
+    assert done.exit_code == 0, done.output
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--config", "stfpm_short"], "a configuration of stfpm, which has no such teacher"),
+        (["--config", "uninformed_students", "--out", "teacher.safetensors"], "--out takes one teacher"),
         (["--patch-size", "18"], "there is no such patch network"),
         (["--set", "step=4"], "--set step"),
         (["--set", "steps=none"], "--set steps"),

@@ -42,7 +42,7 @@ class DataConfig(Section):
     categories: list[str] | None = Field(None, description="Restrict to these categories; null takes all.")
     image_size: int | tuple[PositiveInt, PositiveInt] = Field(256, description="Input side in pixels, or [height, width].")
     train_batch_size: PositiveInt = Field(32, description="Images in a training batch, in each process.")
-    eval_batch_size: PositiveInt = Field(32, description="Images in an evaluation batch.")
+    eval_batch_size: PositiveInt = Field(32, description="Images that the network sees at once in evaluation.")
     num_workers: Annotated[int, Field(ge=0)] | None = Field(None, description="Loader processes; null chooses by cores.")
     sampling: Literal["natural", "balanced"] = Field("natural", description="How categories share an epoch.")
     samples_per_epoch: PositiveInt | None = Field(None, description="Images that make one epoch; null: all.")

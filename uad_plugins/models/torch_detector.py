@@ -28,6 +28,7 @@ class TorchDetector(Detector):
         image_size: ``(height, width)``.
         thresholds: Decision thresholds.
         device: Where it runs; None takes the GPU if there is one.
+        batch_size: Images that the network sees at once; larger batches are taken in parts. None: no limit.
     """
 
     engine = "torch"
@@ -40,6 +41,7 @@ class TorchDetector(Detector):
         image_size: tuple[int, int],
         thresholds: Thresholds,
         device: str | None = None,
+        batch_size: int | None = None,
     ) -> None:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model = model.to(self.device).eval()
@@ -47,6 +49,7 @@ class TorchDetector(Detector):
         self.categories = categories
         self.image_size = image_size
         self.thresholds = thresholds
+        self.batch_size = batch_size
         self.by_category = bool(getattr(model, "by_category", False))
 
     @classmethod
@@ -78,7 +81,8 @@ class TorchDetector(Detector):
         """
         manifest, config = run.manifest(), run.config()
         model = checked(run.checkpoint, lambda path: model_plugin(config.model.name).load(path, config))
-        return cls(model, str(run.folder), manifest.categories, manifest.image_size, thresholds, device)
+        facts = (manifest.categories, manifest.image_size, thresholds)
+        return cls(model, str(run.folder), *facts, device, config.data.eval_batch_size)
 
     def infer(self, images: RgbImage) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Score a batch; see ``Detector.infer``."""
@@ -99,6 +103,13 @@ class TorchDetector(Detector):
         return self._infer(images, torch.tensor([known.index(str(name)) for name in categories], device=self.device))
 
     def _infer(self, images: RgbImage, *more: torch.Tensor) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        size = self.batch_size or len(images)
+        parts = [slice(start, start + size) for start in range(0, len(images), size)]
+        found = [self._infer_at_once(images[part], *(values[part] for values in more)) for part in parts]
+        scores, maps = zip(*found, strict=True)
+        return np.concatenate(scores), np.concatenate(maps)
+
+    def _infer_at_once(self, images: RgbImage, *more: torch.Tensor) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         with torch.inference_mode():
             batch = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2).contiguous().float().div_(255)
             if self.model.pre_processor is not None:

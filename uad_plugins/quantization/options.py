@@ -32,7 +32,7 @@ class OpenvinoOptions(CalibrationOptions):
     """Options of ``openvino-int8``."""
 
     bias_correction: Literal["fast", "full"] = Field(
-        "fast", description="Correct biases in one pass over the calibration data, or in one a layer."
+        "full", description="Correct biases in one pass a layer, or, fast, in one over the calibration data for all."
     )
     overflow_fix: Literal["auto", "disable", "first_layer", "enable"] = Field("auto", description=OVERFLOW)
     max_drop: float | None = Field(

@@ -323,7 +323,7 @@ class UninformedStudents(DistillationRecipe, AnomalibModule):
         # Another grid of pixels each time: 5 has no factor in common with the number of grids. It depends on the step alone,
         # so that a resumed training goes on as an unbroken one.
         offset = divmod(self.global_step * 5 % self.train_stride**2, self.train_stride)
-        loss = self.model.deviations(images, self._category_of(batch), self.train_stride, offset).losses.mean()
+        loss = self.model.losses(images, self._category_of(batch), self.train_stride, offset).mean()
         self.log("train_loss", loss.detach(), on_epoch=True, prog_bar=True, batch_size=len(images))
         return {"loss": loss}
 

@@ -101,8 +101,8 @@ def receptive_field(patch_size: int) -> int:
 def pad_for(patch_size: int, stride: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
     """Return the padding after which the dense network has ``ceil(size / stride)`` outputs.
 
-    Output ``i`` belongs to the patch centred on pixel ``i * stride + (stride - 1) // 2``, so that resizing the outputs to
-    the input's size shifts them by half a pixel at most.
+    Output ``i`` belongs to the patch centred on pixel ``i * stride + (stride - 1) // 2``, so that enlarging the outputs by
+    the stride, and cutting what is more than the input, shifts them by half a pixel at most.
 
     Args:
         patch_size: 17, 33 or 65.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,8 +21,7 @@ class Deviations:
         losses: float32 ``(B,)``: squared distance of student and normalised teacher descriptor, averaged over students and
             pixels, summed over scales.
         errors: float32 ``(B, S, h, w)``, ``|mean_i S_i - T|^2``.
-        variances: float32 ``(B, S, h, w)``, mean over students of ``|S_i - mean_j S_j|^2``, the form of the
-            predictive variance that does not cancel in low precision.
+        variances: float32 ``(B, S, h, w)``, see ``predictive_variance``.
     """
 
     losses: torch.Tensor
@@ -94,6 +93,26 @@ class UninformedStudentsModel(nn.Module):
         with torch.no_grad():
             return [teacher.dense(images, stride, offset) for teacher in patch_networks(self.teachers)]
 
+    def _compared(
+        self, images: torch.Tensor, category: torch.Tensor | None, stride: int | None, offset: tuple[int, int] | None
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield for each scale the students' descriptors ``(B, M, 128, h, w)`` and the normalised ones of the teacher."""
+        scales = zip(self.targets(images, stride, offset), patch_networks(self.students), strict=True)
+        for scale, (target, student) in enumerate(scales):
+            mean = self.row(self.feature_mean[scale], category)[:, None, :, None, None]
+            std = self.row(self.feature_std[scale], category)[:, None, :, None, None]
+            yield student.dense(images, stride, offset), (target - mean) / std
+
+    def losses(
+        self,
+        images: torch.Tensor,
+        category: torch.Tensor | None = None,
+        stride: int | None = None,
+        offset: tuple[int, int] | None = None,
+    ) -> torch.Tensor:
+        """Return the losses of ``deviations`` alone: all that training needs."""
+        return total(regression_loss(*pair) for pair in self._compared(images, category, stride, offset))
+
     def deviations(
         self,
         images: torch.Tensor,
@@ -109,22 +128,13 @@ class UninformedStudentsModel(nn.Module):
             stride: Output stride, other than the model's own.
             offset: First pixel of the grid; see ``PatchNetwork.dense``.
         """
-        losses: torch.Tensor | None = None
-        errors, variances = [], []
-        for scale, (target, student) in enumerate(
-            zip(self.targets(images, stride, offset), patch_networks(self.students), strict=True)
-        ):
-            mean = self.row(self.feature_mean[scale], category)[:, None, :, None, None]
-            std = self.row(self.feature_std[scale], category)[:, None, :, None, None]
-            predicted = student.dense(images, stride, offset)
-            wanted = (target - mean) / std
-            loss = (predicted - wanted).square().sum(dim=2).mean(dim=(1, 2, 3))
-            losses = loss if losses is None else losses + loss
+        losses, errors, variances = [], [], []
+        for predicted, wanted in self._compared(images, category, stride, offset):
+            losses.append(regression_loss(predicted, wanted))
             centre = predicted.mean(dim=1, keepdim=True)
             errors.append((centre - wanted).square().sum(dim=2)[:, 0])
-            variances.append((predicted - centre).square().sum(dim=2).mean(dim=1))
-        assert losses is not None  # there is at least one scale
-        return Deviations(losses, torch.stack(errors, dim=1), torch.stack(variances, dim=1))
+            variances.append(predictive_variance(predicted, centre))
+        return Deviations(total(losses), torch.stack(errors, dim=1), torch.stack(variances, dim=1))
 
     def anomaly_map(self, found: Deviations, size: tuple[int, int], category: torch.Tensor | None = None) -> torch.Tensor:
         """Return ``mean over scales of z(error) + z(variance)``, float32 ``(B, 1, H, W)`` (sections 3.3 and 3.4).
@@ -134,11 +144,14 @@ class UninformedStudentsModel(nn.Module):
         mean = torch.stack([self.row(rows, category) for rows in self.score_mean], dim=1)[..., None, None]
         std = torch.stack([self.row(rows, category) for rows in self.score_std], dim=1)[..., None, None]
         scores = (found.errors - mean[:, :, 0]) / std[:, :, 0]
-        if patch_networks(self.students)[0].copies > 1:
+        network = patch_networks(self.students)[0]
+        if network.copies > 1:
             scores = scores + (found.variances - mean[:, :, 1]) / std[:, :, 1]
         fused = scores.mean(dim=1, keepdim=True)
         if fused.shape[-2:] != size:
-            fused = F.interpolate(fused, size=size, mode="bilinear", align_corners=False)
+            # By the stride and cut, not to the size: where that is no multiple of it the map would be squeezed.
+            whole = (int(fused.shape[-2]) * network.stride, int(fused.shape[-1]) * network.stride)
+            fused = F.interpolate(fused, size=whole, mode="bilinear", align_corners=False)[..., : size[0], : size[1]]
         return fused
 
     def forward(self, images: torch.Tensor, category: torch.Tensor | None = None) -> InferenceBatch:
@@ -157,6 +170,28 @@ class UninformedStudentsModel(nn.Module):
         size = (int(images.shape[-2]), int(images.shape[-1]))
         anomaly_map = self.anomaly_map(self.deviations(images, category), size, category)
         return InferenceBatch(pred_score=anomaly_map.amax(dim=(-2, -1)), anomaly_map=anomaly_map)
+
+
+def regression_loss(predicted: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Return the squared distance of descriptors ``(B, M, 128, h, w)`` and ``(B, 1, 128, h, w)``, mean of each image."""
+    return (predicted - wanted).square().sum(dim=2).mean(dim=(1, 2, 3))
+
+
+def predictive_variance(predicted: torch.Tensor, centre: torch.Tensor) -> torch.Tensor:
+    """Return the mean over students of ``|S_i - mean_j S_j|^2``, float32 ``(B, h, w)``.
+
+    The same as the paper's mean of squares minus square of the mean, but without its cancellation in low precision.
+
+    Args:
+        predicted: ``(B, M, 128, h, w)``, of the students.
+        centre: ``(B, 1, 128, h, w)``, their mean.
+    """
+    return (predicted - centre).square().sum(dim=2).mean(dim=1)
+
+
+def total(losses: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Return the sum over scales."""
+    return torch.stack(list(losses)).sum(dim=0)
 
 
 class Moments:

@@ -343,7 +343,7 @@ def test_a_collapsed_result_is_rejected(small, tmp_path):
     [
         (
             "openvino-int8",
-            {},
+            {"bias_correction": "fast"},
             "--calibration dataset, --set bias_correction=full, --set overflow_fix=enable, --max-drop 0.005, "
             "--backend nncf-qat",
         ),

@@ -197,7 +197,7 @@ def test_an_engine_that_fails_does_not_stop_the_others(install, fresh, trained):
 
     bad = RuntimePlugin("bad", "an engine", lambda folder: 1 / 0, priority=9)
     install(FakePoint("acme", plugin(uadx_register_runtimes=lambda: [bad])))
-    with open_detector(trained) as detector:
+    with pytest.warns(RuntimeWarning, match="bad: ZeroDivisionError"), open_detector(trained) as detector:
         assert detector.engine == "torch"
     with pytest.raises(UadxError) as error:
         open_detector(trained.parent)

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -377,7 +378,9 @@ def test_a_run_is_evaluated_in_batches_of_its_configuration(products, run, tmp_p
         assert resolve(file=find_config(Path(recipe)), environment={}).data.eval_batch_size <= 8
     shutil.copytree(run, tmp_path / "run")
     config = tmp_path / "run" / "config.yaml"
-    config.write_text(config.read_text().replace("eval_batch_size: 32", "eval_batch_size: 3"))
+    content, changed = re.subn(r"eval_batch_size: \d+", "eval_batch_size: 3", config.read_text())
+    assert changed == 1
+    config.write_text(content)
     paths = sorted(str(path) for path in (products / "washer" / "test").rglob("*.png"))
     seen = []
     with open_detector(tmp_path / "run") as detector, open_detector(run) as whole:

@@ -201,7 +201,7 @@ def test_an_engine_that_fails_does_not_stop_the_others(install, fresh, trained):
         assert detector.engine == "torch"
     with pytest.raises(UadxError) as error:
         open_detector(trained.parent)
-    assert "bad: ZeroDivisionError" in error.value.hint
+    assert "bad: ZeroDivisionError" in error.value.message
 
 
 def test_commands_of_plugins_are_added(install, fresh, capsys):

@@ -545,6 +545,8 @@ def test_the_engine_can_lie_elsewhere(device, tmp_path):
     device.run("build", "--engines", str(tmp_path / "elsewhere"))
     assert (tmp_path / "elsewhere" / "model.engine").is_file()
     assert not (device.bundle / "engine").exists()
+    line = json.loads((tmp_path / "elsewhere" / "model.engine.json").read_text())["trtexec"]
+    assert f"--saveEngine={tmp_path.resolve() / 'elsewhere' / 'model.engine'}" in line.split()
 
 
 def test_a_reader_that_goes_away_is_no_error(tmp_path):

@@ -60,7 +60,7 @@ def test_a_step_moves_the_student_and_its_scales_and_nothing_else(method, freeze
     # Each once: a shared scale has several names in the state dict.
     watched = {**dict(model.core.named_parameters()), **dict(model.core.named_buffers())}
     before = {name: value.detach().clone() for name, value in watched.items()}
-    model.trainer = type("Trainer", (), {"estimated_stepping_batches": 10})()
+    model.trainer = SimpleNamespace(estimated_stepping_batches=10, current_epoch=0)
     optimizer = model.configure_optimizers()["optimizer"]
     weights, of_scales = optimizer.param_groups
     assert len(of_scales["params"]) == len(scales)
@@ -76,11 +76,27 @@ def test_a_step_moves_the_student_and_its_scales_and_nothing_else(method, freeze
     assert not any("teacher" in name or "encoder" in name or "old" in name for name in moved - scales)
 
 
+@pytest.mark.parametrize(("epochs", "moving"), [(1, [True]), (3, [True, True, False])])
+def test_statistics_of_batchnorm_move_slowly_and_not_in_the_last_epoch(epochs, moving):
+    model, _ = trainable("stfpm", freeze_batchnorm=False, epochs=epochs)
+    layers = [(n, m) for n, m in model.core.named_modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    mine = [layer for name, layer in layers if f"{name}.weight" in students("stfpm")]
+    assert {layer.momentum for layer in mine} == {0.01}
+    assert {layer.momentum for _, layer in layers if layer not in mine} == {0.1}
+    found = []
+    for epoch in range(epochs):
+        model.trainer = SimpleNamespace(current_epoch=epoch)
+        before = mine[0].running_mean.clone()
+        model.losses(torch.cat(noise(2, seed=epoch)), training=True)
+        found.append(not torch.equal(before, mine[0].running_mean))
+    assert found == moving
+
+
 @pytest.mark.parametrize("method", ["stfpm", "reverse_distillation", "uninformed_students"])
 def test_scales_of_weights_and_of_activations_move_alike_by_default(method):
     """One rate in absolute terms leaves ranges of hundreds where they were."""
     model, scales = trainable(method)
-    model.trainer = type("Trainer", (), {"estimated_stepping_batches": 20})()
+    model.trainer = SimpleNamespace(estimated_stepping_batches=20, current_epoch=0)
     optimizer = model.configure_optimizers()["optimizer"]
     named = dict(model.core.named_parameters())
     before = {name: named[name].detach().clone() for name in scales}

@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import nncf
 import numpy as np
 import onnx
 import pytest
@@ -98,7 +99,9 @@ def test_the_manifest_says_everything(int8, small):
             values["image_auroc"]["fp32"] - values["image_auroc"]["quantized"]
         )
     assert stored["size"]["openvino"]["ratio"] < 0.3
-    assert stored["details"]["convolutions"]["all"] == stored["details"]["convolutions"]["quantized"] == 20
+    placed = stored["placement"]["model.xml"]
+    assert placed == {"convolutions": 20, "quantized": 20, "in_float": [], "activations": placed["activations"]}
+    assert placed["activations"] > 10
     assert "nncf" in stored["versions"]
     assert manifest.agreement["openvino model.xml"]["map_rank"] > 0.9
 
@@ -135,6 +138,12 @@ def test_onnx_runs_in_both_engines(backend, small, products, tmp_path):
     tolerance = {"fp32": 1e-4, "fp16": 0.01, "tensorrt-int8": 0.2}[backend]
     assert np.linalg.norm(maps - expected) / np.linalg.norm(expected) < tolerance
     assert np.linalg.norm(other_maps - maps) / np.linalg.norm(maps) < 0.03
+    if backend == "tensorrt-int8":
+        assert manifest.placement["model.onnx"]["quantized"] == manifest.placement["model.onnx"]["convolutions"] == 20
+        assert manifest.size["engine"]["ratio"] < 0.3
+    else:
+        assert manifest.placement == {}
+        assert "engine" not in manifest.size
     assert manifest.size["onnx"]["ratio"] == pytest.approx(0.5 if backend == "fp16" else 1.0, abs=0.03)
 
 
@@ -146,6 +155,10 @@ def test_every_calibration_works(source, small, tmp_path):
     assert manifest.calibration["source"] == source
     assert manifest.calibration["noise"] == {"dataset": 0, "random-normal": 8, "mixed": 4}[source]
     assert next(iter(manifest.agreement.values()))["map_rank"] > 0.8
+    if source == "mixed":
+        # Small in the file already: nothing else is to be said.
+        assert manifest.size["onnx"]["ratio"] < 0.3
+        assert "engine" not in manifest.size
 
 
 @pytest.mark.parametrize(
@@ -236,7 +249,36 @@ def test_accuracy_control_without_labels(small, tmp_path):
     options = {"max_drop": 0.001, "max_layers": 2}
     manifest = quantize(Order(small, tmp_path / "q", "openvino-int8", samples=6, options=options))
     assert manifest.details["guard"].startswith("rank correlation")
-    assert manifest.details["convolutions"]["quantized"] <= manifest.details["convolutions"]["all"]
+    placed = manifest.placement["model.xml"]
+    assert placed["convolutions"] - placed["quantized"] == len(placed["in_float"])
+    assert 0 <= manifest.details["drop"] <= 0.001
+
+
+def test_accuracy_control_that_runs_out_of_layers_is_rejected(small, tmp_path, monkeypatch):
+    """NNCF returns what it has by then, without a word."""
+    ranked = []
+    whole = nncf.quantize_with_accuracy_control
+
+    def watched(*arguments, **options):
+        ranked.append(
+            (options["advanced_accuracy_restorer_parameters"].ranking_subset_size, len(list(arguments[2].get_data())))
+        )
+        return whole(*arguments, **options)
+
+    monkeypatch.setattr(nncf, "quantize_with_accuracy_control", watched)
+    options = {"max_drop": 1e-5, "max_layers": 1}
+    with pytest.raises(UadxError) as error:
+        quantize(Order(small, tmp_path / "q", "openvino-int8", samples=3, options=options))
+    assert [asked for asked, _ in ranked] == [images for _, images in ranked] == [3]
+    manifest = Quantized(tmp_path / "q").manifest()
+    assert manifest.status == "rejected"
+    drop = manifest.details["drop"]
+    assert drop > 1e-5
+    assert error.value.message == (
+        f"the result is not good: a product loses {drop:.4f} of rank correlation of maps with FP32, by category, "
+        "more than 1e-05"
+    )
+    assert error.value.hint.endswith("a higher --max-drop, more --set max_layers, --backend nncf-qat")
 
 
 def test_accuracy_control_guards_each_category(table):
@@ -290,6 +332,31 @@ def test_a_broken_result_is_rejected(small, tmp_path):
     assert not (tmp_path / "q" / "thresholds.json").exists()
     with pytest.raises(UadxError, match="was rejected"):
         open_detector(tmp_path / "q")
+
+
+@pytest.mark.parametrize(
+    ("files", "complaint"),
+    [
+        ([], "neither model.onnx nor model.xml was written"),
+        (["notes.txt"], "notes.txt was not written"),
+        (["model.onnx"], "model.onnx was not written"),
+    ],
+)
+def test_a_backend_that_writes_no_model_is_told_so(files, complaint, small, tmp_path):
+    plugin = QuantizerPlugin("idle", "writes nothing", lambda _: QuantizationResult(files, "int8", "openvino"))
+    with registered("quantizer", plugin), pytest.raises(UadxError) as error:
+        quantize(Order(small, tmp_path / "q", "idle", samples=3))
+    assert error.value.message == f"the result is not good: {complaint}"
+    assert Quantized(tmp_path / "q").manifest().status == "rejected"
+
+
+@pytest.mark.parametrize("backend", ["fp32", "fp16"])
+def test_float_backends_take_no_calibration(backend, small, tmp_path):
+    lines = []
+    manifest = quantize(Order(small, tmp_path / "q", backend, samples=2), lines.append)
+    assert manifest.calibration["source"] == "none"
+    assert manifest.calibration["samples"] == manifest.calibration["asked"] == 0
+    assert lines[0] == f"quantizing with {backend}, no calibration"
 
 
 @pytest.mark.parametrize(("backend", "status"), [("tensorrt-int8", "finished"), ("openvino-int8", "rejected")])

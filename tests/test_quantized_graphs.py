@@ -97,8 +97,9 @@ def test_the_openvino_model_keeps_its_rules_on_disk(method, tmp_path):
     openvino.save_model(openvino.convert_model(tmp_path / "model.onnx"), tmp_path / "model.xml", compress_to_fp16=False)
     model = openvino.Core().read_model(tmp_path / "model.xml")
     assert not any(openvino_rules.check(model).values())
-    done, total = openvino_rules.quantized_share(model)
-    assert done == total > 0
+    placed = openvino_rules.placement(model)
+    assert placed["quantized"] == placed["convolutions"] > 0
+    assert placed == {**tensorrt_rules.placement(exported(method, "openvino")), "activations": placed["activations"]}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -392,9 +393,20 @@ def test_openvino_rules_find_a_shape_that_is_not_fixed(tmp_path):
     assert "images: its shape is not fixed" in openvino_rules.check(model)["static shapes"]
 
 
+def test_openvino_rules_find_quantized_additions_and_signs_behind_relu(tmp_path):
+    """A graph by TensorRT's rules has both."""
+    onnx.save(exported("stfpm", "tensorrt"), tmp_path / "model.onnx")
+    findings = openvino_rules.check(openvino.convert_model(tmp_path / "model.onnx"))
+    assert findings["residual additions in float"]
+    assert all(line.endswith("the skip branch is quantized") for line in findings["residual additions in float"])
+    assert findings["unsigned behind ReLU"]
+    assert all(line.endswith("behind a ReLU") for line in findings["unsigned behind ReLU"])
+
+
 def test_every_openvino_rule_is_broken_by_a_test():
-    """Those of the three tests above."""
+    """Those of the four tests above."""
     broken = {"float head", "quantized", "coverage", "consumers", "static shapes"}
+    broken |= {"residual additions in float", "unsigned behind ReLU"}
     assert broken == {*openvino_rules.RULES, "coverage", "static shapes"}
 
 

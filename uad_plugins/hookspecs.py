@@ -153,6 +153,7 @@ class QuantizationResult:
         trained: Weights were trained on: the result is not expected to agree with FP32 to the last percent.
         details: What else is to be remembered, as plain data.
         calibration: What it was calibrated on, as plain data; None: what the request gave.
+        complaints: What the backend itself finds wrong, in words: anything here rejects the result.
     """
 
     files: Sequence[str]
@@ -162,6 +163,7 @@ class QuantizationResult:
     trained: bool = False
     details: dict[str, Any] = field(default_factory=dict)
     calibration: dict[str, Any] | None = None
+    complaints: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -178,6 +180,7 @@ class QuantizerPlugin:
         options: Pydantic model of the backend's own options (``--set``); every field has a default and a description.
         requires: What must be installed.
         supports: What the method must support (``ModelPlugin.supports``).
+        calibrated: It takes calibration data; False: none is looked for.
     """
 
     name: str
@@ -186,6 +189,7 @@ class QuantizerPlugin:
     options: type[BaseModel] = NoOptions
     requires: tuple[Requirement, ...] = ()
     supports: frozenset[str] = frozenset({"export"})
+    calibrated: bool = True
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,8 @@ class QuantizedManifest(BaseModel):
         files: SHA-256 and bytes of each model file, by name.
         size: Bytes before and after, by format, and their ratio.
         audit: What is wrong, by file and rule; empty lists for rules that are kept.
+        placement: What is quantized, by file: number of convolutions, and of those with INT8 weights, names of those left in
+            float, number of quantized activations.
         agreement: How scores and maps agree with FP32, and engines with one another.
         auroc: By category FP32, quantized and the drop, where labelled images were given.
         details: What else the backend has to say.
@@ -62,6 +64,7 @@ class QuantizedManifest(BaseModel):
     files: dict[str, dict[str, Any]] = Field(default_factory=dict)
     size: dict[str, Any] = Field(default_factory=dict)
     audit: dict[str, dict[str, list[str]]] = Field(default_factory=dict)
+    placement: dict[str, dict[str, Any]] = Field(default_factory=dict)
     agreement: dict[str, Any] = Field(default_factory=dict)
     auroc: dict[str, Any] | None = None
     details: dict[str, Any] = Field(default_factory=dict)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import onnx
 
@@ -35,6 +36,20 @@ def audit(folder: Path, result: QuantizationResult) -> Findings:
         read = openvino.Core().read_model(folder / "model.xml")
         rules = openvino_rules.check(read, whole=result.whole)
         found["model.xml"] = {"static shapes": rules["static shapes"]} if result.profile == "float" else rules
+    return found
+
+
+def placements(folder: Path, result: QuantizationResult) -> dict[str, dict[str, Any]]:
+    """Return what of each file is quantized; see ``tensorrt_rules.placement``. Nothing of float profiles."""
+    found: dict[str, dict[str, Any]] = {}
+    if result.profile != "float" and "model.onnx" in result.files:
+        found["model.onnx"] = tensorrt_rules.placement(onnx.load(folder / "model.onnx"))
+    if result.profile != "float" and "model.xml" in result.files:
+        import openvino
+
+        from uad_plugins.quantization import openvino_rules
+
+        found["model.xml"] = openvino_rules.placement(openvino.Core().read_model(folder / "model.xml"))
     return found
 
 

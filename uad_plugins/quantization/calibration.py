@@ -16,7 +16,7 @@ from uad_plugins.errors import UadxError, UsageError, unknown_name
 from uad_plugins.imaging import ImageError, read_rgb, resize_rgb
 from uad_plugins.runtime.exported import FloatArray, normalise
 
-DATASET, RANDOM_NORMAL, MIXED = "dataset", "random-normal", "mixed"
+DATASET, RANDOM_NORMAL, MIXED, NONE = "dataset", "random-normal", "mixed", "none"
 SOURCES = (DATASET, RANDOM_NORMAL, MIXED)
 
 
@@ -25,7 +25,7 @@ class Calibration(Sequence[FloatArray]):
     """Normalised images, float32 ``(1, 3, H, W)`` each, made anew whenever one is asked for.
 
     Attributes:
-        source: ``dataset``, ``random-normal`` or ``mixed`` (one of the first, one of the second, in turn).
+        source: ``dataset``, ``random-normal``, ``mixed`` (one of the first, one of the second, in turn) or ``none``.
         image_size: ``(height, width)``.
         mean: Of the RGB channels of images in 0..1.
         std: The same.
@@ -35,7 +35,7 @@ class Calibration(Sequence[FloatArray]):
         record: What is written to the manifest.
     """
 
-    source: Literal["dataset", "random-normal", "mixed"]
+    source: Literal["dataset", "random-normal", "mixed", "none"]
     image_size: tuple[int, int]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -94,6 +94,7 @@ def calibrate(
     mean: tuple[float, float, float],
     std: tuple[float, float, float],
     seed: int = 0,
+    needed: bool = True,
 ) -> Calibration:
     """Choose calibration data.
 
@@ -109,6 +110,7 @@ def calibrate(
         mean: Of the RGB channels of images in 0..1.
         std: The same.
         seed: Of the noise and of the choice of images.
+        needed: False for what takes none: no image is looked for.
 
     Raises:
         UsageError: Unknown source, or fewer samples than categories.
@@ -118,7 +120,9 @@ def calibrate(
         raise unknown_name("calibration source", source, SOURCES)
     if samples < 1:
         raise UsageError(f"--samples {samples} makes no sense", "give at least 1")
-    noise = {DATASET: 0, RANDOM_NORMAL: samples, MIXED: samples // 2}[source]
+    if not needed:
+        source, samples = NONE, 0
+    noise = {NONE: 0, DATASET: 0, RANDOM_NORMAL: samples, MIXED: samples // 2}[source]
     paths, counts, skipped = _choose(table, categories, samples - noise, seed) if samples > noise else ([], {}, [])
     record = {
         "source": source,

@@ -44,6 +44,8 @@ from uad_plugins.training.signals import child_signal_restored
 from uad_plugins.training.train import datamodule, pixel_cache
 
 SCHEDULE = OptimizerConfig(name="adam", schedule="cosine")
+BATCHNORM_MOMENTUM = 0.01
+"""Share of a batch in the running statistics where they move: a tenth of torch's own, a short training has few batches."""
 
 
 class RelativeAdam(optim.Adam):
@@ -101,21 +103,32 @@ class QatModule(LightningModule):
         for name, parameter in core.named_parameters():
             if parameter.is_floating_point():
                 parameter.requires_grad_(name in student or name in scales)
+        self.normalizations = [
+            layer
+            for name, layer in core.named_modules()
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm) and f"{name}.weight" in student
+        ]
+        for layer in self.normalizations if not options.freeze_batchnorm else ():
+            layer.momentum = BATCHNORM_MOMENTUM
+
+    @property
+    def statistics_move(self) -> bool:
+        """Whether the student's BatchNorm learns now: in the last of several epochs it rests, as deployed."""
+        return not self.options.freeze_batchnorm and self.current_epoch < max(1, self.options.epochs - 1)
 
     def losses(self, images: torch.Tensor, *, training: bool) -> torch.Tensor:
         """Return the loss of each image.
 
         Args:
             images: float32 ``(B, 3, H, W)`` in 0..1.
-            training: Let the student's BatchNorm learn, unless it is frozen.
+            training: Let the student's BatchNorm learn, while its statistics move.
         """
         self.core.eval()
         # Of the outermost module alone: it decides what is returned, the network itself stays in evaluation.
         self.core.training = True
-        if training and not self.options.freeze_batchnorm:
-            for name, module in self.core.named_modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm) and f"{name}.weight" in self.student:
-                    module.train()
+        if training and self.statistics_move:
+            for layer in self.normalizations:
+                layer.train()
         losses: torch.Tensor = self.core((images - self.mean) / self.std)[0]
         return losses
 

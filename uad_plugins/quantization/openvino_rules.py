@@ -30,7 +30,7 @@ PASSING = {
     "Transpose",
     "Pad",
 }
-CONSUMERS = {CONV, TRANSPOSED, ADD, "Convert", "FakeQuantize", *PASSING}
+CONSUMERS = {CONV, TRANSPOSED, "Convert", "FakeQuantize", *PASSING}
 """What may take a quantized activation; anything else would be arithmetic of the map."""
 
 
@@ -40,9 +40,11 @@ class OpenvinoGraph(Graph):
 
     Attributes:
         types: Element type of each constant.
+        lows: Lower end of the range of each FakeQuantize, where it is constant.
     """
 
     types: dict[str, str] = field(default_factory=dict)
+    lows: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: Any) -> OpenvinoGraph:
@@ -53,6 +55,8 @@ class OpenvinoGraph(Graph):
             graph.kinds[name] = KINDS.get(kind, kind)
             if kind == "Constant":
                 graph.types[name] = node.get_element_type().get_type_name()
+            if kind == "FakeQuantize" and (low := node.input_value(1).get_node()).get_type_name() == "Constant":
+                graph.lows[name] = float(low.data.min())
             for port, value in enumerate(node.input_values()):
                 graph.connect(value.get_node().get_friendly_name(), name, port)
             if graph.kinds[name] in {CONV, TRANSPOSED}:
@@ -67,6 +71,14 @@ class OpenvinoGraph(Graph):
         moving = self.moving()
         sources = [source for source in self.inputs[name].values() if source in moving] if name in self.inputs else []
         return kind in PASSING | {"Convert"} and bool(sources) and all(self.is_quantized(source) for source in sources)
+
+    def is_positive(self, name: str) -> bool:
+        """Tell whether an activation comes out of a ReLU, or passes on nothing but such activations."""
+        kind, moving = self.kinds.get(name, ""), self.moving()
+        if kind == "Relu":
+            return True
+        sources = [source for source in self.inputs.get(name, {}).values() if source in moving]
+        return kind in PASSING and bool(sources) and all(self.is_positive(source) for source in sources)
 
     def weight_type(self, convolution: str) -> str:
         """Return the element type that a convolution's weight is stored in."""
@@ -95,11 +107,17 @@ def check(model: Any, *, whole: bool = True) -> dict[str, list[str]]:
     return found
 
 
-def quantized_share(model: Any) -> tuple[int, int]:
-    """Return how many convolutions have INT8 weights, and how many there are."""
+def placement(model: Any) -> dict[str, Any]:
+    """Return what of a model is quantized: convolutions in all and with INT8 weights, those left, quantized activations."""
     graph = OpenvinoGraph.of(model)
     convolutions = graph.convolutions()
-    return sum(graph.weight_type(name) == "i8" for name in convolutions), len(convolutions)
+    left = [name for name in convolutions if graph.weight_type(name) != "i8"]
+    return {
+        "convolutions": len(convolutions),
+        "quantized": len(convolutions) - len(left),
+        "in_float": left,
+        "activations": len(_activations(graph)),
+    }
 
 
 def _activations(graph: OpenvinoGraph) -> list[str]:
@@ -124,6 +142,25 @@ def _consumers(graph: OpenvinoGraph) -> list[str]:
     ]
 
 
+def _residual(graph: OpenvinoGraph) -> list[str]:
+    """Residual additions are done in float, within the convolution before them: quantizing them would only cost accuracy."""
+    return [
+        f"{name}: the {branch} branch is quantized"
+        for name, *branches in graph.additions()
+        for branch, source in zip(("main", "skip"), branches, strict=True)
+        if graph.kinds[source] == "FakeQuantize"
+    ]
+
+
+def _unsigned(graph: OpenvinoGraph) -> list[str]:
+    """What comes out of a ReLU has no sign: half of the steps would never be used."""
+    return [
+        f"{name}: range from {graph.lows[name]:.3g} behind a ReLU"
+        for name in _activations(graph)
+        if graph.lows.get(name, 0.0) < 0 and graph.is_positive(graph.inputs[name][0])
+    ]
+
+
 def _quantized(graph: OpenvinoGraph) -> list[str]:
     return [] if _activations(graph) else ["no node is quantized"]
 
@@ -144,4 +181,6 @@ RULES: dict[str, Callable[[OpenvinoGraph], list[str]]] = {
     "quantized": _quantized,
     "float head": _head,
     "consumers": _consumers,
+    "residual additions in float": _residual,
+    "unsigned behind ReLU": _unsigned,
 }

@@ -69,7 +69,7 @@ class QatOptions(CalibrationOptions):
     )
     profile: Literal["openvino", "tensorrt"] = Field("openvino", description="Rules that the graph follows.")
     freeze_batchnorm: bool = Field(
-        True, description="Keep the running statistics of BatchNorm; false lets the student's move."
+        True, description="Keep the running statistics of BatchNorm; false lets the student's move, but for the last epoch."
     )
     overflow_fix: Literal["auto", "disable", "first_layer", "enable"] = Field("auto", description=OVERFLOW)
     batch_size: PositiveInt | None = Field(None, description="Images in a batch; null: as in the run.")

@@ -43,8 +43,10 @@ def _nncf_qat(request: QuantizationRequest) -> QuantizationResult:
 def uadx_register_quantizers() -> list[QuantizerPlugin]:
     """Return the two float baselines and the three INT8 backends."""
     return [
-        QuantizerPlugin("fp32", "no quantization: the baseline, as ONNX and OpenVINO", _fp32, NoOptions, ONNX),
-        QuantizerPlugin("fp16", "weights stored as FP16, as ONNX and OpenVINO", _fp16, NoOptions, ONNX),
+        QuantizerPlugin(
+            "fp32", "no quantization: the baseline, as ONNX and OpenVINO", _fp32, NoOptions, ONNX, calibrated=False
+        ),
+        QuantizerPlugin("fp16", "weights stored as FP16, as ONNX and OpenVINO", _fp16, NoOptions, ONNX, calibrated=False),
         QuantizerPlugin(
             "openvino-int8",
             "post-training INT8 for CPUs, as OpenVINO",

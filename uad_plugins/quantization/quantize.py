@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import onnx
+
 from uad_plugins.artifacts import Run, checked, sha256_of, write_json
 from uad_plugins.config import model_plugin, ratio_scale, validated
 from uad_plugins.data.samples import ANOMALOUS, SampleTable
@@ -22,6 +24,7 @@ from uad_plugins.quantization import audit as auditing
 from uad_plugins.quantization.calibration import calibrate
 from uad_plugins.quantization.core import build_core, preprocessing_of
 from uad_plugins.quantization.export import save_onnx, save_openvino, to_onnx, to_openvino
+from uad_plugins.quantization.onnx_graph import with_int8_weights
 from uad_plugins.quantization.quiet import quiet_quantizers
 from uad_plugins.quantization.referee import AGAINST_FP32, ENGINES, TRAINED, compare, held_out
 from uad_plugins.quantization.samples import samples_of
@@ -107,6 +110,7 @@ def quantize(order: Order, tell: Callable[[str], None] = lambda _: None) -> Quan
             mean=facts.mean,
             std=facts.std,
             seed=order.seed,
+            needed=plugin.calibrated,
         )
         judged_on = held_out(table, reference.categories, REFEREE_IMAGES)
         manifest = QuantizedManifest(
@@ -121,7 +125,8 @@ def quantize(order: Order, tell: Callable[[str], None] = lambda _: None) -> Quan
             source=_source(run, order.data),
         )
         _begin(station, manifest, order)
-        tell(f"quantizing with {order.backend}, {len(calibration)} calibration samples ({order.calibration})")
+        taken = f"{len(calibration)} calibration samples ({order.calibration})" if plugin.calibrated else "no calibration"
+        tell(f"quantizing with {order.backend}, {taken}")
         with quiet_quantizers():
             module = checked(run.checkpoint, lambda path: model_plugin(config.model.name).load(path, config))
             request = QuantizationRequest(
@@ -200,6 +205,11 @@ def _judge(
 ) -> QuantizedManifest:
     """Audit, compare, set thresholds, measure, and write the manifest; reject what is not good."""
     folder = station.folder
+    missing = [name for name in result.files if not (folder / name).is_file()]
+    if missing or not {"model.onnx", "model.xml"} & set(result.files):
+        complaints = [f"{name} was not written" for name in missing] or ["neither model.onnx nor model.xml was written"]
+        station.write_manifest(manifest.model_copy(update={"status": "rejected"}))
+        raise UadxError(f"the result is not good: {'; '.join(complaints)}", "report it to the author of the backend")
     manifest = manifest.model_copy(
         update={
             "precision": result.precision,
@@ -213,7 +223,7 @@ def _judge(
         }
     )
     findings = auditing.audit(folder, result)
-    complaints = auditing.wrong(findings)
+    complaints = [*result.complaints, *auditing.wrong(findings)]
     candidates = engines(folder, manifest)
     judges = judging(list(candidates), manifest.profile)
     agreements: dict[str, Any] = {}
@@ -230,7 +240,14 @@ def _judge(
             complaints += [f"{names[0]} against {name}: {line}" for line in agreement.wrong(ENGINES)]
     detector = candidates[names[0]]
     size = _sizes(request, manifest)
-    manifest = manifest.model_copy(update={"audit": findings, "agreement": agreements, "size": size})
+    manifest = manifest.model_copy(
+        update={
+            "audit": findings,
+            "placement": auditing.placements(folder, result),
+            "agreement": agreements,
+            "size": size,
+        }
+    )
     if complaints:
         station.write_manifest(manifest.model_copy(update={"status": "rejected"}))
         raise UadxError(f"the result is not good: {'; '.join(complaints)}", _advice(manifest))
@@ -283,7 +300,10 @@ def judging(names: Sequence[str], profile: str) -> list[str]:
 
 
 def _sizes(request: QuantizationRequest, manifest: QuantizedManifest) -> dict[str, Any]:
-    """Return bytes before and after for each format: the float model is exported the same way."""
+    """Return bytes before and after for each format: the float model is exported the same way.
+
+    ``engine`` are the bytes that the graph takes with the INT8 weights of an engine, where the file stores them as float.
+    """
     work = request.folder / "work"
     work.mkdir(exist_ok=True)
     with quiet_quantizers():
@@ -295,6 +315,11 @@ def _sizes(request: QuantizationRequest, manifest: QuantizedManifest) -> dict[st
             before["openvino"] = xml.stat().st_size + xml.with_suffix(".bin").stat().st_size
     sizes = {name: int(facts["bytes"]) for name, facts in manifest.files.items()}
     after = {"onnx": sizes.get("model.onnx", 0), "openvino": sizes.get("model.xml", 0) + sizes.get("model.bin", 0)}
+    if manifest.profile == "tensorrt":
+        stored = len(with_int8_weights(onnx.load(request.folder / "model.onnx")).SerializeToString())
+        if stored < 0.99 * after["onnx"]:
+            # The file holds floats for old parsers, what an engine makes of it does not.
+            before["engine"], after["engine"] = before["onnx"], stored
     return {
         kind: {
             "before": before[kind],
@@ -331,7 +356,10 @@ def _advice(manifest: QuantizedManifest) -> str:
     if manifest.backend == "openvino-int8":
         tries += ["--set bias_correction=full"] if options["bias_correction"] != "full" else []
         tries += ["--set overflow_fix=enable"] if options["overflow_fix"] != "enable" else []
-        tries += ["--max-drop 0.005"] if options["max_drop"] is None else []
+        if options["max_drop"] is None:
+            tries.append("--max-drop 0.005")
+        elif manifest.details["drop"] > options["max_drop"]:
+            tries += ["a higher --max-drop"] + ([] if options["max_layers"] is None else ["more --set max_layers"])
         tries += ["--backend nncf-qat"] if trainable else []
     elif manifest.backend == "tensorrt-int8" and options["source"] is None and trainable:
         tries.append("--backend nncf-qat --set profile=tensorrt")

@@ -78,6 +78,19 @@ def by_version(model: ModelProto) -> dict[str, list[str]]:
     return found
 
 
+def placement(model: ModelProto) -> dict[str, Any]:
+    """Return what of a graph is quantized: convolutions in all and with INT8 weights, those left, quantized activations."""
+    graph = OnnxGraph.of(model)
+    convolutions, moving = graph.convolutions(), graph.moving()
+    left = [name for name in convolutions if not graph.is_dequantized(graph.inputs[name].get(1, ""))]
+    return {
+        "convolutions": len(convolutions),
+        "quantized": len(convolutions) - len(left),
+        "in_float": left,
+        "activations": sum(node.op_type == QUANTIZE and name in moving for name, node in quantizers(graph)),
+    }
+
+
 def _opset(subject: Subject) -> list[str]:
     versions = {entry.domain or "ai.onnx": entry.version for entry in subject.model.opset_import}
     newest = versions.get("ai.onnx", 0)

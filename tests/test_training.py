@@ -3,6 +3,8 @@
 import json
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -358,3 +360,26 @@ def test_no_signal_handler_is_left_behind():
     with child_signal_restored():
         signal.signal(signal.SIGCHLD, lambda *_: None)
     assert signal.getsignal(signal.SIGCHLD) == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="stacks of Linux")
+def test_the_end_of_a_worker_is_no_fault_with_a_signal_stack_that_is_gone():
+    """As OpenVINO may leave one: in a process of its own, which would die."""
+    script = """
+import ctypes, mmap, signal, subprocess
+from uad_plugins.training.signals import SignalStack, child_signal_restored
+libc = ctypes.CDLL(None)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + [ctypes.c_int] * 3 + [ctypes.c_long]
+libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+address = libc.mmap(None, 1 << 16, 3, 0x22, -1, 0)
+assert libc.sigaltstack(ctypes.byref(SignalStack(address, 0, 1 << 16)), None) == 0
+libc.munmap(address, 1 << 16)
+ended = []
+with child_signal_restored():
+    signal.signal(signal.SIGCHLD, lambda *_: ended.append(1))
+    subprocess.run(["true"], check=True)
+assert ended
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

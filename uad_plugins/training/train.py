@@ -36,6 +36,7 @@ from uad_plugins.training.run_folder import (
     resumed_config,
     write_start,
 )
+from uad_plugins.training.signals import child_signal_restored
 
 OWN_OPTIMIZER = "the method brings its own optimizer: lower its learning rate in model.options, if it takes one"
 """What to do about a loss that becomes infinite where ``optimizer`` is not used."""
@@ -72,7 +73,7 @@ def train(
     """
     check_trainer_arguments(config.trainer)
     run = Run(out.expanduser().absolute())
-    with locked(run.folder), quiet_libraries():
+    with locked(run.folder), quiet_libraries(), child_signal_restored():
         check_folder(run, resume=resume, overwrite=overwrite)
         resuming = resume and (run.folder / MANIFEST).is_file()
         resumes = resuming and run.last_checkpoint.is_file()

@@ -1,9 +1,9 @@
 """Sequential bias correction of a Q/DQ graph. No torch in here.
 
-Rounding shifts the mean of what a convolution gives, and the shifts add up from layer to layer. In the order of execution each
-convolution's bias takes up the difference of its channels' means to those of the float graph, with all corrections before it
-in place (Nagel et al., arXiv 1906.04721, section 4.2, measured instead of derived). NNCF does this for OpenVINO's graphs alone;
-for torch it has but the kind that looks at each layer by itself.
+Rounding shifts the mean of what a convolution gives, and the shifts add up from layer to layer. In the order of
+execution each convolution's bias takes up the difference of its channels' means to those of the float graph, with all
+corrections before it in place (Nagel et al., arXiv 1906.04721, section 4.2, measured instead of derived). NNCF does this
+for OpenVINO's graphs alone; for torch it has but the kind that looks at each layer by itself.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def _means(model: ModelProto, names: list[str], images: Sequence[FloatArray]) ->
     given = session.get_inputs()[0].name
     totals = [np.zeros(1) for _ in names]
     for image in images:
-        results = session.run(names, {given: image})
-        totals = [total + result.mean(axis=(0, 2, 3), dtype=np.float64) for total, result in zip(totals, results, strict=True)]
+        means = [result.mean(axis=(0, 2, 3), dtype=np.float64) for result in session.run(names, {given: image})]
+        totals = [total + mean for total, mean in zip(totals, means, strict=True)]
     return {name: total / len(images) for name, total in zip(names, totals, strict=True)}
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from networks import MEAN, STD, calibration, core
+from networks import MEAN, STD, calibration, core, noise
+from nncf.torch.function_hook.hook_storage import decode_hook_name
 
 from uad_plugins.data.layouts import scan
 from uad_plugins.data.samples import hold_out
@@ -13,6 +14,7 @@ from uad_plugins.errors import UadxError
 from uad_plugins.quantization.calibration import SOURCES, calibrate
 from uad_plugins.quantization.export import save_onnx, to_onnx, to_openvino
 from uad_plugins.quantization.quiet import quiet_quantizers
+from uad_plugins.quantization.torch_quantization import hooks, quantize_core
 
 
 @pytest.fixture
@@ -106,3 +108,23 @@ def test_noise_means_the_same_with_the_normalisation_in_the_graph(table, tmp_pat
     expected, same, other = ([each[name] for name in shared] for each in ranges)
     np.testing.assert_allclose(same, expected, rtol=1e-4)
     assert not np.allclose(other, expected, rtol=1e-2)
+
+
+def range_of_the_image(profile, ranges):
+    """One pixel of one of four images is far beyond all others."""
+    images = noise(4)
+    images[2][0, 0, 20, 20] = 1000.0
+    with quiet_quantizers():
+        model = quantize_core(core("stfpm"), images, profile=profile, overflow_fix="disable", ranges=ranges)
+    (quantizer,) = (hook for name, hook in hooks(model) if decode_hook_name(name)[1] == "images")
+    return float(quantizer.scale)
+
+
+@pytest.mark.parametrize(("profile", "quantile"), [("openvino", 3.8), ("tensorrt", 3.15)])
+def test_ranges_hold_an_outlier_or_leave_it_out(profile, quantile):
+    found = {ranges: range_of_the_image(profile, ranges) for ranges in ("whole", "quantile", "mean")}
+    assert found["whole"] == pytest.approx(1000, rel=1e-3)
+    # The mean of three ranges of noise and that of the outlier.
+    assert 200 < found["mean"] < 300
+    # As many standard deviations as a ten thousandth, or a thousandth, of all noise lies beyond.
+    assert found["quantile"] == pytest.approx(quantile, rel=0.05)

@@ -50,7 +50,9 @@ def trainable(method, **options):
     model = deepcopy(quantized(method, "openvino"))
     scales = student_scales(model, TorchGraph.of(core(method), noise(1)[0]), students(method))
     preprocessing = Preprocessing((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-    return QatModule(model, students(method), scales, preprocessing, QatOptions(**options)), scales
+    chosen = QatOptions(**options)
+    reference = core(method) if chosen.loss == "maps" else None
+    return QatModule(model, students(method), scales, preprocessing, chosen, reference), scales
 
 
 @pytest.mark.parametrize("method", ["stfpm", "reverse_distillation", "uninformed_students"])
@@ -95,7 +97,7 @@ def test_statistics_of_batchnorm_move_slowly_and_not_in_the_last_epoch(epochs, m
 @pytest.mark.parametrize("method", ["stfpm", "reverse_distillation", "uninformed_students"])
 def test_scales_of_weights_and_of_activations_move_alike_by_default(method):
     """One rate in absolute terms leaves ranges of hundreds where they were."""
-    model, scales = trainable(method)
+    model, scales = trainable(method, loss="distillation")
     model.trainer = SimpleNamespace(estimated_stepping_batches=20, current_epoch=0)
     optimizer = model.configure_optimizers()["optimizer"]
     named = dict(model.core.named_parameters())
@@ -129,7 +131,7 @@ def test_the_held_out_loss_is_the_training_loss(method):
 
 def test_the_loss_is_that_of_the_method():
     """With the quantizers switched off it is the method's own, image by image."""
-    model, _ = trainable("stfpm")
+    model, _ = trainable("stfpm", loss="distillation")
     for quantizer in model.core.modules():
         if hasattr(quantizer, "disable_quantization"):
             quantizer.disable_quantization()
@@ -137,6 +139,37 @@ def test_the_loss_is_that_of_the_method():
     expected, _ = type(module("stfpm")).distil(module("stfpm").model, images)
     # But for the biases, which calibration has corrected.
     assert torch.allclose(model.losses(images, training=False), expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["stfpm", "reverse_distillation", "uninformed_students"])
+def test_by_default_the_maps_of_fp32_are_learnt(method):
+    model, scales = trainable(method, scale_lr=1e-2)
+    model.trainer = SimpleNamespace(estimated_stepping_batches=20, current_epoch=0)
+    images = torch.cat(noise(2, seed=9))
+    with torch.no_grad():
+        for name, value in model.core.named_parameters():
+            # Ranges that clip, or there would be nothing to learn.
+            value.mul_(0.3 if name in scales else 1)
+    with torch.no_grad():
+        expected, found = core(method)(images)[1], model.core(images)[1]
+    share = (found - expected).square().sum(dim=(1, 2)) / expected.square().sum(dim=(1, 2))
+    before = model.losses(images, training=False).detach()
+    assert torch.allclose(before, share, rtol=1e-3)
+    optimizer = model.configure_optimizers()["optimizer"]
+    for _ in range(10):
+        optimizer.zero_grad()
+        model.losses(images, training=True).mean().backward()
+        optimizer.step()
+    assert model.losses(images, training=False).mean() < 0.8 * before.mean()
+
+
+def test_the_network_that_is_to_be_met_is_neither_trained_nor_saved():
+    model, _ = trainable("stfpm")
+    before = {name: value.clone() for name, value in model._reference[0].state_dict().items()}
+    assert not any("reference" in name for name in model.state_dict())
+    model.losses(torch.cat(noise(2, seed=9)), training=True).mean().backward()
+    assert all(value.grad is None for value in model._reference[0].parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model._reference[0].state_dict().items())
 
 
 def test_the_best_epoch_is_kept_and_better_than_calibration(unbroken):
@@ -164,7 +197,10 @@ def test_the_trained_network_is_restored_bit_for_bit(run, tmp_path, monkeypatch)
         return result
 
     monkeypatch.setattr(nncf_qat, "_fit", fit)
-    manifest = quantize(Order(run, tmp_path / "q", "nncf-qat", samples=6, options={**FAST, "epochs": 2}))
+    manifest = quantize(
+        Order(run, tmp_path / "q", "nncf-qat", samples=6, options={**FAST, "epochs": 2, "loss": "distillation"})
+    )
+    # The student of a single epoch has much to learn yet: its last epoch is the best, which is what we look at.
     assert manifest.details["best_epoch"] == 2
     trained, image = seen["module"].core.eval(), noise(1, seed=3)[0]
     moved = {n for n, v in trained.named_parameters() if not torch.equal(v, seen["calibrated"][n])}

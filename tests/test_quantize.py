@@ -34,7 +34,7 @@ from uad_plugins.quantization.export import save_onnx, to_onnx
 from uad_plugins.quantization.openvino_int8 import chosen_fix
 from uad_plugins.quantization.options import OpenvinoOptions
 from uad_plugins.quantization.quantize import Order, quantize
-from uad_plugins.quantization.referee import Limits, compare, rank_correlation
+from uad_plugins.quantization.referee import Distance, Limits, compare, rank_correlation
 from uad_plugins.quantization.samples import samples_of
 from uad_plugins.quantization.torch_quantization import load_quantized, save_quantized
 from uad_plugins.quantized import Quantized
@@ -364,8 +364,8 @@ def test_a_graph_for_tensorrt_is_judged_node_by_node(backend, status, small, tmp
     """On a processor whose sums saturate OpenVINO is wrong about it; that is recorded, and says nothing about the device."""
     used = []
 
-    def saturated(reference, candidate, paths):
-        agreement = compare(reference, candidate, paths)
+    def saturated(reference, candidate, paths, **options):
+        agreement = compare(reference, candidate, paths, **options)
         return replace(agreement, map_l2=0.6) if "openvino" in (reference.engine, candidate.engine) else agreement
 
     def thresholds(detector, *arguments, **options):
@@ -416,6 +416,11 @@ def test_a_collapsed_result_is_rejected(small, tmp_path):
         ),
         ("openvino-int8", {"bias_correction": "full", "max_drop": 0.1, "overflow_fix": "enable"}, "--backend nncf-qat"),
         ("tensorrt-int8", {}, "--calibration dataset, --backend nncf-qat --set profile=tensorrt"),
+        (
+            "tensorrt-int8",
+            {"bias_correction": "fast"},
+            "--calibration dataset, --set bias_correction=full, --backend nncf-qat --set profile=tensorrt",
+        ),
         ("nncf-qat", {"epochs": 1, "accelerator": "cpu"}, "--calibration dataset, nncf-qat with a lower --set lr"),
         ("fp16", {}, "--backend fp32"),
     ],
@@ -430,10 +435,9 @@ def test_the_advice_can_be_taken(backend, options, tries, small, tmp_path, monke
     assert error.value.hint == f"the files are kept for looking at, marked as rejected; try {tries}"
 
 
-@pytest.mark.parametrize("backend", ["tensorrt-int8", "nncf-qat"])
-def test_full_bias_correction_is_refused_where_there_is_none(backend, small, tmp_path):
+def test_full_bias_correction_is_refused_where_there_is_none(small, tmp_path):
     with pytest.raises(UsageError) as error:
-        quantize(Order(small, tmp_path / "q", backend, options={"bias_correction": "full"}))
+        quantize(Order(small, tmp_path / "q", "nncf-qat", options={"bias_correction": "full"}))
     assert error.value.message == "unknown configuration key 'bias_correction'"
     assert not (tmp_path / "q").exists()
 
@@ -644,6 +648,33 @@ def test_agreement_is_judged_by_every_limit(small, products):
     assert agreement.map_rank == pytest.approx(1)
     assert agreement.wrong(Limits(0.1, 0.9, 0.1)) == []
     assert len(agreement.wrong(Limits(-1, 2, -1))) == 3
+
+
+@pytest.mark.parametrize("ratio_scale", [True, False])
+def test_a_common_shift_counts_only_where_zero_means_something(ratio_scale):
+    expected = np.random.default_rng(0).normal(size=(3, 40))
+    distance = Distance(ratio_scale)
+    for row in expected:
+        distance.add(row, 1.5 * row + 7)
+    centred = expected - expected.mean()
+    difference, total = (0.5 * expected + 7, expected) if ratio_scale else (0.5 * centred, centred)
+    assert distance.value() == pytest.approx(np.linalg.norm(difference) / np.linalg.norm(total))
+    distance.add(expected[0], np.full(40, np.inf))
+    assert np.isnan(distance.value())
+
+
+def test_zscores_are_compared_without_their_common_shift(small, tmp_path, monkeypatch):
+    seen = []
+
+    def noted(*arguments, **options):
+        seen.append(options.get("ratio_scale", True))
+        return compare(*arguments, **options)
+
+    monkeypatch.setattr("uad_plugins.quantization.quantize.compare", noted)
+    monkeypatch.setattr("uad_plugins.quantization.quantize.ratio_scale", lambda _: False)
+    quantize(Order(small, tmp_path / "q", "fp32"))
+    # Against FP32; between engines a shift is a fault whatever it means.
+    assert seen == [False] * 3 + [True] * 2
 
 
 def test_a_model_that_needs_the_category_is_refused():

@@ -77,7 +77,11 @@ def test_the_quantized_graph_computes_what_the_quantizers_do(method, profile):
     found = run(exported(method, profile), image)[1]
     assert distance(found, expected) < 0.01
     assert distance(run(with_int8_weights(exported(method, profile)), image)[1], found) < 1e-6
-    assert distance(found, core(method)(image)[1].detach().numpy()) < 0.1
+    fp32 = core(method)(image)[1].detach().numpy()
+    if method == "uninformed_students":
+        # The zero of z-scores is arbitrary.
+        found, fp32 = found - found.mean(), fp32 - fp32.mean()
+    assert distance(found, fp32) < 0.1
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -73,6 +73,20 @@ class RelativeAdam(optim.Adam):
         return loss
 
 
+def map_distance(maps: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """Return how far each map is from the one expected, as a share of that: the squared relative L2 distance.
+
+    Args:
+        maps: float32 ``(B, H, W)``.
+        expected: Of the same shape.
+
+    Returns:
+        float32 ``(B,)``.
+    """
+    tiny = torch.finfo(expected.dtype).tiny
+    return (maps - expected).square().sum(dim=(1, 2)) / expected.square().sum(dim=(1, 2)).clamp(min=tiny)
+
+
 class QatModule(LightningModule):
     """Trains the weights and scales of a quantized student.
 
@@ -81,7 +95,8 @@ class QatModule(LightningModule):
         student: Names of the student's parameters in it.
         scales: Names of the student's scales in it; the teacher's stay as calibrated, or the target would move.
         preprocessing: Normalisation of images in 0..1.
-        options: Learning rates and the like.
+        options: Loss, learning rates and the like.
+        reference: ``Core`` in float, whose maps are to be met; needed by loss ``maps``.
 
     Attributes:
         held_out_loss: float32 ``(B,)``, the loss of each image of the last validation batch.
@@ -91,10 +106,18 @@ class QatModule(LightningModule):
     learning_type = LearningType.ONE_CLASS
 
     def __init__(
-        self, core: nn.Module, student: set[str], scales: set[str], preprocessing: Preprocessing, options: QatOptions
+        self,
+        core: nn.Module,
+        student: set[str],
+        scales: set[str],
+        preprocessing: Preprocessing,
+        options: QatOptions,
+        reference: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.core = core
+        # In a tuple, so that it is no part of this module: it is neither trained nor saved.
+        self._reference = () if reference is None else (reference.eval(),)
         self.options = options
         self.student, self.scales = student, scales
         self.held_out_loss: torch.Tensor | None = None
@@ -129,7 +152,13 @@ class QatModule(LightningModule):
         if training and self.statistics_move:
             for layer in self.normalizations:
                 layer.train()
-        losses: torch.Tensor = self.core((images - self.mean) / self.std)[0]
+        images = (images - self.mean) / self.std
+        losses: torch.Tensor
+        losses, maps = self.core(images)
+        for reference in self._reference:
+            with torch.no_grad():
+                expected = reference.to(images.device)(images)[1]
+            losses = map_distance(maps, expected)
         return losses
 
     def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -193,7 +222,8 @@ def quantize(request: QuantizationRequest) -> QuantizationResult:
         save_quantized(core, start)
     scales = student_scales(core, graph, student)
     preprocessing = Preprocessing(request.calibration.mean, request.calibration.std)
-    trained = _train(request, QatModule(core, student, scales, preprocessing, options))
+    reference = _fresh(request) if options.loss == "maps" else None
+    trained = _train(request, QatModule(core, student, scales, preprocessing, options, reference))
     core = trained.pop("core")
     recalibrate(request.module, core, map(torch.from_numpy, request.calibration.held_out(request.table)))
     save_quantized(core, request.folder / CHECKPOINT, profile=options.profile)

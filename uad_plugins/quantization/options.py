@@ -22,18 +22,25 @@ class Options(BaseModel):
 class CalibrationOptions(Options):
     """How the ranges of the quantizers are set."""
 
-    ranges: Literal["whole", "mean"] = Field(
-        "whole",
-        description="Range of an activation: all that calibration shows, or NNCF's mean over samples, which clips the rest.",
+    ranges: Literal["quantile", "whole", "mean"] = Field(
+        "quantile",
+        description="Range of an activation: all that calibration shows (whole), that without the outermost values of each "
+        "sample (quantile), or NNCF's mean over samples, which clips the rest.",
     )
 
 
-class OpenvinoOptions(CalibrationOptions):
-    """Options of ``openvino-int8``."""
+class PostTrainingOptions(CalibrationOptions):
+    """What the backends that calibrate a finished network have in common."""
 
     bias_correction: Literal["fast", "full"] = Field(
-        "full", description="Correct biases in one pass a layer, or, fast, in one over the calibration data for all."
+        "full",
+        description="Correct the bias of each layer with all before it corrected (full), or of each by itself (fast).",
     )
+
+
+class OpenvinoOptions(PostTrainingOptions):
+    """Options of ``openvino-int8``."""
+
     overflow_fix: Literal["auto", "disable", "first_layer", "enable"] = Field("auto", description=OVERFLOW)
     max_drop: float | None = Field(
         None, gt=0, lt=1, description="Leave layers in float until no category loses more than this; null: quantize all."
@@ -43,7 +50,7 @@ class OpenvinoOptions(CalibrationOptions):
     )
 
 
-class TensorrtOptions(CalibrationOptions):
+class TensorrtOptions(PostTrainingOptions):
     """Options of ``tensorrt-int8``."""
 
     weights: Literal["float32", "int8"] = Field(
@@ -58,6 +65,10 @@ class TensorrtOptions(CalibrationOptions):
 class QatOptions(CalibrationOptions):
     """Options of ``nncf-qat``."""
 
+    loss: Literal["maps", "distillation"] = Field(
+        "maps",
+        description="What is learnt: the maps of FP32, or, distillation, to follow the quantized teacher closer still.",
+    )
     epochs: PositiveInt = Field(5, description="Passes over the training images.")
     lr: PositiveFloat = Field(1e-4, description="Learning rate of the student's weights (Adam) at its highest.")
     scale_lr: PositiveFloat = Field(

@@ -227,8 +227,9 @@ def _judge(
     candidates = engines(folder, manifest)
     judges = judging(list(candidates), manifest.profile)
     agreements: dict[str, Any] = {}
+    ratio = ratio_scale(manifest.model)
     for name, candidate in candidates.items():
-        agreement = compare(reference, candidate, judged_on)
+        agreement = compare(reference, candidate, judged_on, ratio_scale=ratio)
         agreements[name] = agreement.as_dict()
         limits = TRAINED if result.trained else AGAINST_FP32[result.precision]
         complaints += [f"{name} against FP32: {line}" for line in agreement.wrong(limits)] if name in judges else []
@@ -258,7 +259,7 @@ def _judge(
         method=NORMAL_FPR,
         target_fpr=float(manifest.source["target_fpr"]),
         kind="held out from training",
-        ratio_scale=ratio_scale(manifest.model),
+        ratio_scale=ratio,
     )
     write_json(station.thresholds_file, thresholds.as_dict())
     if labelled and len(request.table.where(split="test", label=ANOMALOUS)):
@@ -353,8 +354,9 @@ def _advice(manifest: QuantizedManifest) -> str:
     options, trainable = manifest.options, "qat" in model_plugin(manifest.model).supports
     if manifest.precision == "int8" and manifest.calibration["source"] != "dataset":
         tries.append("--calibration dataset")
+    if options.get("bias_correction") == "fast" and not options.get("source"):
+        tries.append("--set bias_correction=full")
     if manifest.backend == "openvino-int8":
-        tries += ["--set bias_correction=full"] if options["bias_correction"] != "full" else []
         tries += ["--set overflow_fix=enable"] if options["overflow_fix"] != "enable" else []
         if options["max_drop"] is None:
             tries.append("--max-drop 0.005")

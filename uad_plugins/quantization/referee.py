@@ -49,9 +49,10 @@ class Agreement:
 
     Attributes:
         images: Number of images compared.
-        map_l2: Relative L2 distance of the maps, over all pixels of all images.
+        map_l2: Relative L2 distance of the maps, over all pixels of all images. Where zero is arbitrary, of what is left
+            of them after their mean.
         map_rank: Spearman's rank correlation of a map's pixels, mean over images.
-        score_l2: Relative L2 distance of the scores.
+        score_l2: Relative L2 distance of the scores; as above.
         score_rank: Spearman's rank correlation of the scores; None with fewer than three images.
     """
 
@@ -91,35 +92,64 @@ def held_out(table: SampleTable, categories: Sequence[str], count: int) -> list[
     return paths[:count]
 
 
-def compare(reference: Detector, candidate: Detector, paths: Sequence[str]) -> Agreement:
+class Distance:
+    """Relative L2 distance of two series of values, of which nothing but sums is kept.
+
+    Args:
+        ratio_scale: A value of 0 means no deviation at all. False takes the mean of each series off first: what shifts all
+            values alike means nothing where zero is arbitrary, and thresholds take it up.
+    """
+
+    def __init__(self, ratio_scale: bool) -> None:
+        self._ratio_scale = ratio_scale
+        self._sums = np.zeros(5)
+
+    def add(self, expected: NDArray[np.float64], found: NDArray[np.float64]) -> None:
+        """Take in values of any shape, the same for both."""
+        difference = found - expected
+        self._sums += (expected.size, difference.sum(), (difference**2).sum(), expected.sum(), (expected**2).sum())
+
+    def value(self) -> float:
+        """Return the distance as a share of the expected values' own."""
+        count, shift, difference, mean, total = self._sums
+        if not np.isfinite(self._sums).all():
+            return float("nan")
+        if not self._ratio_scale:
+            difference, total = difference - shift**2 / count, total - mean**2 / count
+        return float(np.sqrt(max(difference, 0.0) / max(total, 1e-30)))
+
+
+def compare(reference: Detector, candidate: Detector, paths: Sequence[str], *, ratio_scale: bool = True) -> Agreement:
     """Score the same images with two detectors and compare.
 
     Args:
         reference: What is right.
         candidate: What is judged.
         paths: Image files; those that cannot be read are left out.
+        ratio_scale: A score of 0 means no deviation at all; see ``ModelPlugin``.
 
     Raises:
         UadxError: No image can be read.
     """
     scores: list[tuple[float, float]] = []
     ranks: list[float] = []
-    difference = total = 0.0
+    of_maps, of_scores = Distance(ratio_scale), Distance(ratio_scale)
     for one, other in zip(reference.stream(paths, batch_size=4), candidate.stream(paths, batch_size=4), strict=True):
         if one.anomaly_map is None or other.anomaly_map is None:
             continue
         left, right = one.anomaly_map.astype(np.float64), other.anomaly_map.astype(np.float64)
-        difference, total = difference + float(((right - left) ** 2).sum()), total + float((left**2).sum())
+        of_maps.add(left, right)
         ranks.append(rank_correlation(left.ravel(), right.ravel()))
         scores.append((one.score, other.score))
     if not scores:
         raise UadxError("no image to compare on can be read", "see 'uadx data check'")
     expected, found = np.array(scores).T
+    of_scores.add(expected, found)
     return Agreement(
         images=len(scores),
-        map_l2=float(np.sqrt(difference / max(total, 1e-30))),
+        map_l2=of_maps.value(),
         map_rank=float(np.mean(ranks)),
-        score_l2=float(np.linalg.norm(found - expected) / max(float(np.linalg.norm(expected)), 1e-30)),
+        score_l2=of_scores.value(),
         score_rank=rank_correlation(expected, found) if len(scores) > 2 else None,
     )
 

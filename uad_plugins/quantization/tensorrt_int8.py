@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from uad_plugins.errors import UadxError, UsageError
 from uad_plugins.hookspecs import QuantizationRequest, QuantizationResult
+from uad_plugins.quantization.bias_correction import correct_biases
 from uad_plugins.quantization.core import recalibrate
 from uad_plugins.quantization.export import save_onnx, to_onnx
 from uad_plugins.quantization.onnx_graph import with_int8_weights
@@ -23,10 +25,14 @@ from uad_plugins.quantization.torch_quantization import (
 )
 from uad_plugins.quantized import Quantized
 
+BIAS_IMAGES = 32
+"""Calibration samples that biases are corrected with; products take turns among them."""
+
 
 def quantize(request: QuantizationRequest) -> QuantizationResult:
     """Write ``model.onnx``."""
     options: TensorrtOptions = request.options
+    reference = to_onnx(request.core, request.image_size)
     if options.source is None:
         model = quantize_core(
             request.core,
@@ -39,6 +45,8 @@ def quantize(request: QuantizationRequest) -> QuantizationResult:
     else:
         model, result = _trained(request, options.source)
     exported = to_onnx(strip(model, torch.zeros(1, 3, *request.image_size)), request.image_size)
+    if options.source is None and options.bias_correction == "full":
+        exported = correct_biases(exported, reference, [*islice(request.calibration, BIAS_IMAGES)])
     if options.weights == "int8":
         exported = with_int8_weights(exported)
     save_onnx(exported, request.folder / "model.onnx")

@@ -52,7 +52,7 @@ def quantize_core(
     profile: str,
     student: set[str] | None = None,
     overflow_fix: str = "first_layer",
-    ranges: str = "whole",
+    ranges: str = "quantile",
 ) -> nn.Module:
     """Return a copy of a network with fake quantizers, their ranges set by the calibration data.
 
@@ -63,7 +63,7 @@ def quantize_core(
         student: Names of the parameters whose convolutions are quantized; None: all.
         overflow_fix: ``disable``, ``first_layer`` or ``enable``: weights of half the range, for CPUs without VNNI.
             ``tensorrt`` needs none.
-        ranges: ``whole`` or ``mean``; see ``advanced_parameters``.
+        ranges: ``quantile``, ``whole`` or ``mean``; see ``advanced_parameters``.
     """
     with quiet_quantizers():
         graph = TorchGraph.of(core, calibration[0])
@@ -73,7 +73,9 @@ def quantize_core(
             nncf.Dataset(list(calibration)),
             subset_size=len(calibration),
             ignored_scope=nncf.IgnoredScope(names=sorted({*graph.ignored(student), *additions})),
-            advanced_parameters=advanced_parameters(ranges, "disable" if profile == TENSORRT else overflow_fix),
+            advanced_parameters=advanced_parameters(
+                ranges, "disable" if profile == TENSORRT else overflow_fix, signed=profile == TENSORRT
+            ),
         )
         share_equal_inputs(quantized, graph)
         if profile == TENSORRT:

@@ -1,20 +1,24 @@
 """Calibration data: balanced, seeded, recorded; noise that means the same with and without normalisation in the graph."""
 
+import importlib
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from networks import MEAN, STD, calibration, core, noise
+from networks import module as module_of
 from nncf.torch.function_hook.hook_storage import decode_hook_name
 
 from uad_plugins.data.layouts import scan
 from uad_plugins.data.samples import hold_out
 from uad_plugins.errors import UadxError
+from uad_plugins.hookspecs import QuantizationRequest
 from uad_plugins.quantization.calibration import SOURCES, calibrate
 from uad_plugins.quantization.export import save_onnx, to_onnx, to_openvino
 from uad_plugins.quantization.quiet import quiet_quantizers
 from uad_plugins.quantization.torch_quantization import hooks, quantize_core
+from uad_plugins.registry import registry
 
 
 @pytest.fixture
@@ -128,3 +132,38 @@ def test_ranges_hold_an_outlier_or_leave_it_out(profile, quantile):
     assert 200 < found["mean"] < 300
     # As many standard deviations as a ten thousandth, or a thousandth, of all noise lies beyond.
     assert found["quantile"] == pytest.approx(quantile, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"), [("dataset", "quantile"), ("mixed", "quantile"), ("random-normal", "whole")]
+)
+@pytest.mark.parametrize("backend", ["openvino-int8", "tensorrt-int8", "nncf-qat"])
+def test_ranges_of_noise_hold_all_of_it(table, backend, source, expected, monkeypatch, tmp_path):
+    """It reaches less far than images do, and what is left out of it is missing for them."""
+
+    class Enough(Exception):
+        pass
+
+    def seen(*arguments, **options):
+        found.append(arguments[0] if backend == "openvino-int8" else options["ranges"])
+        raise Enough
+
+    found = []
+    module = importlib.import_module(f"uad_plugins.quantization.{backend.replace('-', '_')}")
+    monkeypatch.setattr(module, "advanced_parameters" if backend == "openvino-int8" else "quantize_core", seen)
+    chosen = calibration(table, source, samples=6)
+    for options in ({}, {"ranges": "mean"}):
+        request = QuantizationRequest(
+            run=None,
+            config=None,
+            module=module_of("stfpm"),
+            core=core("stfpm"),
+            image_size=(64, 64),
+            calibration=chosen,
+            table=table,
+            options=registry().get("quantizer", backend).options(**options),
+            folder=tmp_path,
+        )
+        with pytest.raises(Enough):
+            module.quantize(request)
+    assert found == [expected, "mean"]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from runs import small_config
@@ -68,10 +69,17 @@ def test_images_trained_on_are_left_out_of_a_part_of_the_data(uadx, products, ru
     assert "note: the run was trained on 9 of these images; they are left out\n" in err
 
 
-def test_data_that_has_changed_since_it_was_trained_on_is_refused(uadx, products, tmp_path, picture):
+def test_data_that_has_changed_is_refused_where_the_training_noted_no_names(uadx, products, tmp_path, picture):
     data = shutil.copytree(products, tmp_path / "data")
     train(small_config({"trainer": {"max_epochs": 1}}), data, tmp_path / "run", interactive=False)
     picture(data / "fabric" / "train" / "good" / "new.png", size=(64, 64))
+    before = {path: Path(data, path) for path in Run(tmp_path / "run").held_out()}
+    samples, chosen, held_out = unseen(str(data), None, Run(tmp_path / "run").source())
+    assert held_out
+    assert {Path(samples.paths[int(index)]) for index in chosen} == set(before.values())
+    status, _, err = uadx("thresholds", tmp_path / "run", data, "--dry-run")
+    assert status == 0, err
+    Run(tmp_path / "run").split_file.unlink()
     status, _, err = uadx("thresholds", tmp_path / "run", data)
     assert status == 1
     assert err.startswith(f"error: {data}: has changed since it was trained on: which of its images were held out is not")
@@ -82,7 +90,7 @@ def test_data_that_has_changed_since_it_was_trained_on_is_refused(uadx, products
 
 
 def test_a_quantized_model_that_knows_no_fingerprint_recognises_the_place(products, trained):
-    origin = {**Run(trained).source(), "fingerprint": None}
+    origin = {**Run(trained).source(), "fingerprint": None, "held_out": None}
     samples, chosen, held_out = unseen(str(products), None, origin)
     assert held_out
     expected = hold_out(scan(products), 0.1, 0).where(split="val")

@@ -151,6 +151,14 @@ def test_few_scores_of_unlike_scale_pool_to_no_more_than_the_largest_category():
     assert found.pooled.value >= scores.max()
 
 
+def test_the_pooled_threshold_of_zscores_is_bounded_too():
+    rng = np.random.default_rng(5)
+    scores = np.concatenate([rng.normal(0, 0.2, 8), rng.normal(50, 0.2, 8)])
+    names = np.repeat(np.array(["a", "b"]), 8)
+    found = set_thresholds(scores, np.zeros(16, int), names, source="x", ratio_scale=False)
+    assert found.pooled == Threshold(found.categories["b"].value, "normal", 16)
+
+
 def test_few_scores_of_one_scale_keep_the_rate_pooled():
     rng = np.random.default_rng(6)
     names = ["a"] * 6 + ["b"] * 6

@@ -217,7 +217,7 @@ class Run:
 
     def source(self) -> dict[str, Any]:
         """Return what later stations note of where they came from: the checkpoint, and how the data was split."""
-        config, manifest = self.config(), self.manifest()
+        config, manifest, held_out = self.config(), self.manifest(), self.held_out()
         return {
             "run": str(self.folder.absolute()),
             "checkpoint_sha256": manifest.checkpoint_sha256 or sha256_of(self.checkpoint),
@@ -227,6 +227,7 @@ class Run:
             "categories": config.data.categories,
             "val_fraction": config.data.val_fraction,
             "seed": config.seed,
+            "held_out": None if held_out is None else sorted(held_out),
             "target_fpr": config.thresholds.target_fpr,
         }
 

@@ -118,7 +118,8 @@ class Quantized:
 
     def write_manifest(self, manifest: QuantizedManifest) -> None:
         """Write the manifest."""
-        write_json(self.folder / MANIFEST, manifest.model_dump(mode="json", by_alias=True))
+        # pydantic's own JSON would refuse names in bytes that are not UTF-8.
+        write_json(self.folder / MANIFEST, manifest.model_dump(by_alias=True))
 
     def thresholds(self) -> Thresholds:
         """Read the decision thresholds."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -223,6 +224,22 @@ def hold_out_as_before(table: SampleTable, held: Set[str]) -> SampleTable:
         ),
         table.root,
     )
+
+
+def split_again(table: SampleTable, origin: Mapping[str, Any]) -> SampleTable:
+    """Split data as a training did.
+
+    Args:
+        table: Samples of any splits.
+        origin: What the training began with, as ``Run.source`` gives it.
+
+    Raises:
+        UadxError: See ``hold_out``.
+    """
+    held = origin.get("held_out")
+    if held is not None:
+        return hold_out_as_before(table, set(held))
+    return hold_out(table, float(origin.get("val_fraction", 0.1)), int(origin.get("seed", 0)))
 
 
 def in_test_share(name: str, fraction: float) -> bool:

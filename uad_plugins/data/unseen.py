@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uad_plugins.data.layouts import scan
-from uad_plugins.data.samples import SampleTable, hold_out
+from uad_plugins.data.samples import SampleTable, split_again
 from uad_plugins.errors import UadxError
 
 
@@ -31,12 +31,14 @@ def unseen(data: str, layout: str | None, origin: Mapping[str, Any]) -> tuple[Sa
         the images held out are chosen.
 
     Raises:
-        UadxError: The data cannot be read, or it is what was trained on and has changed since.
+        UadxError: The data cannot be read, or it is what was trained on, has changed since, and the training noted no names
+            of the images that it held out.
     """
     trained_in, fingerprint = str(origin["data"]), origin.get("fingerprint")
     same_place = Path(data).expanduser().resolve() == Path(trained_in).resolve()
     again = _as_trained(data, layout, origin)
-    if same_place and (again is None or fingerprint not in (None, again.fingerprint())):
+    changed = again is None or fingerprint not in (None, again.fingerprint())
+    if same_place and changed and (again is None or origin.get("held_out") is None):
         raise UadxError(
             f"{data}: has changed since it was trained on: which of its images were held out is not known any more",
             "give images that the training has not seen, in a folder of their own",
@@ -53,7 +55,7 @@ def _as_trained(data: str, layout: str | None, origin: Mapping[str, Any]) -> Sam
     """Index data with the splits of the training; None where that cannot be done, so that it is other data."""
     try:
         found = scan(data, layout or origin["layout"], origin["categories"])
-        return hold_out(found, origin["val_fraction"], origin["seed"])
+        return split_again(found, origin)
     except UadxError:
         return None
 
@@ -63,5 +65,6 @@ def _seen(origin: Mapping[str, Any]) -> set[str]:
     table = _as_trained(str(origin["data"]), None, origin)
     if table is None:
         return set()
-    splits = ["train"] if origin.get("fingerprint") in (None, table.fingerprint()) else ["train", "val"]
+    told_apart = origin.get("held_out") is not None or origin.get("fingerprint") in (None, table.fingerprint())
+    splits = ["train"] if told_apart else ["train", "val"]
     return {os.path.realpath(table.paths[int(index)]) for split in splits for index in table.where(split=split)}

@@ -11,7 +11,7 @@ from uad_plugins.artifacts import MANIFEST as RUN_MANIFEST
 from uad_plugins.artifacts import Run, read_json
 from uad_plugins.config import model_plugin
 from uad_plugins.data.layouts import scan
-from uad_plugins.data.samples import SampleTable, hold_out
+from uad_plugins.data.samples import SampleTable, split_again
 from uad_plugins.detector import Detector, open_detector
 from uad_plugins.errors import UadxError, UsageError
 from uad_plugins.evaluation.thresholds import Thresholds
@@ -80,8 +80,9 @@ class Source:
         if data is None and not Path(root).is_dir():
             return None
         try:
-            found = scan(root, None if data else self.split.get("layout"), self.split.get("categories"))
-            return hold_out(found, float(self.split.get("val_fraction", 0.1)), int(self.split.get("seed", 0)))
+            return split_again(
+                scan(root, None if data else self.split.get("layout"), self.split.get("categories")), self.split
+            )
         except UadxError:
             if data is not None:
                 raise

@@ -196,7 +196,7 @@ def student_quantile(probability: float, freedom: int) -> float:
 def bounded(pooled: Threshold, own: Iterable[Threshold]) -> Threshold:
     """Return the pooled threshold, at most the largest of the categories'.
 
-    Few scores of categories of unlike scale are no sample of one log-normal distribution: its spread would be that between
+    Few scores of categories of unlike scale are no sample of one (log-)normal distribution: its spread would be that between
     the categories, and the bound far above all of them. But what no category exceeds more often than it may, no mixture of
     them does: the largest of the categories' thresholds keeps the rate as well as it does for its own, whatever share of the
     images each has, and an image is not judged more leniently for not naming its category. It is not below any score; with
@@ -207,7 +207,7 @@ def bounded(pooled: Threshold, own: Iterable[Threshold]) -> Threshold:
         own: Of each category.
     """
     largest = max(own, key=lambda threshold: threshold.value, default=pooled)
-    if pooled.how != "lognormal" or pooled.value <= largest.value:
+    if pooled.how not in ("lognormal", "normal") or pooled.value <= largest.value:
         return pooled
     return replace(pooled, value=largest.value, how=largest.how)
 

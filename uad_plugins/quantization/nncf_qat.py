@@ -217,7 +217,7 @@ def quantize(request: QuantizationRequest) -> QuantizationResult:
             profile=options.profile,
             student=student if options.scope == "student" else None,
             overflow_fix=fix,
-            ranges=options.ranges,
+            ranges=options.chosen_ranges(bool(request.calibration.paths)),
         )
         save_quantized(core, start)
     scales = student_scales(core, graph, student)

@@ -43,7 +43,7 @@ def quantize(request: QuantizationRequest) -> QuantizationResult:
         "fast_bias_correction": options.bias_correction == "fast",
         "ignored_scope": nncf.IgnoredScope(names=_left_in_float(graph)),
     }
-    advanced = advanced_parameters(options.ranges, fix)
+    advanced = advanced_parameters(options.chosen_ranges(bool(request.calibration.paths)), fix)
     calibration = nncf.Dataset(request.calibration)
     details: dict[str, Any] = {"overflow_fix": fix, "cpu": cpu_flags()}
     complaints = []

@@ -22,11 +22,19 @@ class Options(BaseModel):
 class CalibrationOptions(Options):
     """How the ranges of the quantizers are set."""
 
-    ranges: Literal["quantile", "whole", "mean"] = Field(
-        "quantile",
+    ranges: Literal["quantile", "whole", "mean"] | None = Field(
+        None,
         description="Range of an activation: all that calibration shows (whole), that without the outermost values of each "
-        "sample (quantile), or NNCF's mean over samples, which clips the rest.",
+        "sample (quantile), or NNCF's mean over samples, which clips the rest; null: quantile, whole for noise.",
     )
+
+    def chosen_ranges(self, images: bool) -> str:
+        """Return how ranges are set. Noise reaches less far in the layers than images do: all of it is needed.
+
+        Args:
+            images: Whether there are images among the calibration data.
+        """
+        return self.ranges or ("quantile" if images else "whole")
 
 
 class PostTrainingOptions(CalibrationOptions):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from uad_plugins.artifacts import Run, read_json
 from uad_plugins.data.layouts import scan
-from uad_plugins.data.samples import NORMAL, SampleTable, hold_out, hold_out_as_before
+from uad_plugins.data.samples import NORMAL, SampleTable, split_again
 from uad_plugins.errors import UadxError
 
 
@@ -32,7 +32,7 @@ def samples_of(run: Run, data: str | None, tell: Callable[[str], None]) -> Sampl
         tell(f"note: the run was not trained on {', '.join(foreign)}: left out")
     table = found.only([name for name in found.categories if name in manifest.categories])
     held = run.held_out()
-    table = hold_out(table, config.data.val_fraction, config.seed) if held is None else hold_out_as_before(table, held)
+    table = split_again(table, run.source())
     lost = [
         name
         for name in table.categories

@@ -38,7 +38,7 @@ def quantize(request: QuantizationRequest) -> QuantizationResult:
             request.core,
             [torch.from_numpy(image) for image in request.calibration],
             profile=TENSORRT,
-            ranges=options.ranges,
+            ranges=options.chosen_ranges(bool(request.calibration.paths)),
         )
         recalibrate(request.module, model, map(torch.from_numpy, request.calibration.held_out(request.table)))
         result = QuantizationResult(["model.onnx"], "int8", TENSORRT)

@@ -2,7 +2,8 @@
 
     python benchmarks/compare_maps.py DATA RUN RUN RUN --each 2 --out maps.jpg
 
-A row is an image with its ground truth, then one heat map a run, each relative to the run's own threshold.
+A row is an image with its ground truth, then one heat map a run, each relative to the run's own threshold. With
+``--own-range`` a heat map goes from the lowest to the highest value of its image: where a method looks, not what it decides.
 """
 
 import argparse
@@ -32,6 +33,7 @@ def main():
     parser.add_argument("--categories", nargs="+")
     parser.add_argument("--each", type=int, default=2, help="Images of each category.")
     parser.add_argument("--side", type=int, default=192)
+    parser.add_argument("--own-range", action="store_true", help="Heat maps relative to their own values.")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     table = scan(arguments.data, categories=arguments.categories)
@@ -46,7 +48,11 @@ def main():
             predictions = detector.stream([s.path for s in samples], categories=[s.category for s in samples])
             for row, sample, prediction in zip(columns, samples, predictions, strict=True):
                 threshold = detector.thresholds.of(sample.category)
-                heat = overlay(read_rgb(sample.path), prediction.anomaly_map, threshold).resize((arguments.side,) * 2)
+                given, top = prediction.anomaly_map, threshold
+                if arguments.own_range:
+                    # The hottest colour is that of twice the threshold.
+                    given, top = given - given.min(), float(np.ptp(given)) / 2
+                heat = overlay(read_rgb(sample.path), given, top).resize((arguments.side,) * 2)
                 row.append(label(heat, f"{run.name} {describe(prediction.score, threshold)}"))
     rows = [panel(row, arguments.side) for row in columns]
     sheet = Image.new("RGB", (rows[0].width, sum(row.height + 4 for row in rows) - 4), "white")

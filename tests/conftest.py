@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from jetson_device import VERSIONS, Device, write_bundle
 from PIL import Image
 from uadx.app import main
 
@@ -132,6 +133,16 @@ def trained(products: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def small(products: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of STFPM on two layers. Not to be changed."""
+    from runs import small_run
+
+    out = tmp_path_factory.mktemp("small") / "run"
+    small_run(products, out, {"model": {"layers": ["layer1", "layer2"]}})
+    return out
+
+
+@pytest.fixture(scope="session")
 def bundle(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run deployed for OpenVINO. Not to be changed."""
     return _deployed(trained, tmp_path_factory.mktemp("bundles") / "openvino", "openvino-cpu")
@@ -148,3 +159,9 @@ def _deployed(run: Path, out: Path, target: str) -> Path:
 
     deploy(Order(run, out, target))
     return out
+
+
+@pytest.fixture(params=VERSIONS)
+def device(request: pytest.FixtureRequest, tmp_path: Path) -> Device:
+    """A Jetson with each version of TensorRT, and a bundle for it."""
+    return Device(request.param, write_bundle(tmp_path / "bundle"))

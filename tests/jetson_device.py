@@ -18,6 +18,7 @@ from fake_pycuda import FakeDriver
 from fake_tensorrt import FakeTensorRT
 
 PACKAGE = "uad_plugins.deployment.jetson.uadx_jetson"
+VERSIONS = ["8.6", "10.3", "10.14", "11.4"]
 SIZE = (6, 8)
 """Height and width of the network's input."""
 

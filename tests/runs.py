@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from uad_plugins.config import TrainConfig, merge, resolve
+from uad_plugins.data.datamodule import UnifiedDataModule
 from uad_plugins.training.train import train
 
 SMALL = {
@@ -14,6 +16,22 @@ SMALL = {
     "optimizer": {"lr": 1.0, "schedule": "cosine"},
     "trainer": {"max_epochs": 2, "accelerator": "cpu", "devices": 1},
 }
+
+# Uninformed Students on two scales, and what a teacher of theirs is distilled with.
+TEACHER = {"steps": 6, "batch_size": 8, "lr": 1e-3}
+OPTIONS = {"patch_sizes": [17, 33], "students": 2, "width": 0.0625, "stride": 4, "teacher": TEACHER}
+OVER = {
+    "model": {"name": "uninformed_students", "options": OPTIONS},
+    "data": {"val_fraction": 0.3},
+    "optimizer": {"name": "adam", "lr": 1e-3},
+}
+
+
+def over(**changes: Any) -> dict[str, Any]:
+    """Return ``OVER`` with changes of its options."""
+    merged = json.loads(json.dumps(OVER))
+    merged["model"]["options"].update(changes)
+    return merged
 
 
 def small_config(over: dict[str, Any] | None = None) -> TrainConfig:
@@ -26,3 +44,8 @@ def small_run(data: Path, out: Path, over: dict[str, Any] | None = None, **optio
     metrics = train(small_config(over), data, out, interactive=False, **options)
     assert metrics is not None
     return metrics
+
+
+def small_datamodule(root: Path) -> UnifiedDataModule:
+    """The data of a training with ``OVER``."""
+    return UnifiedDataModule(str(root), image_size=64, val_fraction=0.3, num_workers=0)

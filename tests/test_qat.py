@@ -143,7 +143,7 @@ def test_the_loss_is_that_of_the_method():
 
 @pytest.mark.parametrize("method", ["stfpm", "reverse_distillation", "uninformed_students"])
 def test_by_default_the_maps_of_fp32_are_learnt(method):
-    model, scales = trainable(method, scale_lr=1e-2)
+    model, scales = trainable(method, lr=1e-4, scale_lr=1e-2)
     model.trainer = SimpleNamespace(estimated_stepping_batches=20, current_epoch=0)
     images = torch.cat(noise(2, seed=9))
     with torch.no_grad():

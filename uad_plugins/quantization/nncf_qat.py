@@ -28,9 +28,9 @@ from uad_plugins.quantization.torch_quantization import (
     CHECKPOINT,
     OPENVINO,
     TENSORRT,
+    calibrated,
     configuration,
     load_quantized,
-    quantize_core,
     restore,
     save_quantized,
     strip,
@@ -211,13 +211,8 @@ def quantize(request: QuantizationRequest) -> QuantizationResult:
     if request.resume and start.is_file():
         core = load_quantized(request.core, start)
     else:
-        core = quantize_core(
-            request.core,
-            [torch.from_numpy(image) for image in request.calibration],
-            profile=options.profile,
-            student=student if options.scope == "student" else None,
-            overflow_fix=fix,
-            ranges=options.chosen_ranges(bool(request.calibration.paths)),
+        core = calibrated(
+            request, options, options.profile, student=student if options.scope == "student" else None, overflow_fix=fix
         )
         save_quantized(core, start)
     scales = student_scales(core, graph, student)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from typing import Any
 
 import nncf
 import numpy as np
 import openvino
+import torch
 from nncf.quantization.advanced_parameters import AdvancedAccuracyRestorerParameters
 from numpy.typing import NDArray
 
@@ -15,6 +17,7 @@ from uad_plugins.cpu import cpu_flags, saturates
 from uad_plugins.data.samples import ANOMALOUS, NORMAL, SampleTable
 from uad_plugins.evaluation.metrics import image_metrics
 from uad_plugins.hookspecs import QuantizationRequest, QuantizationResult
+from uad_plugins.quantization.equalization import SAMPLES, equalize
 from uad_plugins.quantization.export import save_onnx, save_openvino, to_onnx, to_openvino
 from uad_plugins.quantization.openvino_rules import OpenvinoGraph
 from uad_plugins.quantization.options import OpenvinoOptions
@@ -34,6 +37,8 @@ def chosen_fix(name: str) -> str:
 def quantize(request: QuantizationRequest) -> QuantizationResult:
     """Write ``model.xml`` and ``model.bin``."""
     options: OpenvinoOptions = request.options
+    if options.equalize:
+        equalize(request.core, map(torch.from_numpy, islice(request.calibration, SAMPLES)))
     path = save_onnx(to_onnx(request.core, request.image_size), request.folder / "work" / "fp32.onnx")
     model = to_openvino(path)
     graph = OpenvinoGraph.of(model)

@@ -20,8 +20,15 @@ class Options(BaseModel):
 
 
 class CalibrationOptions(Options):
-    """How the ranges of the quantizers are set."""
+    """How a network is made ready for its quantizers, and how their ranges are set."""
 
+    equalize: bool = Field(
+        True, description="Make the channels between two convolutions alike first; what is computed stays the same."
+    )
+    bias_correction: Literal["fast", "full"] = Field(
+        "full",
+        description="Correct the bias of each layer with all before it corrected (full), or of each by itself (fast).",
+    )
     ranges: Literal["quantile", "whole", "mean"] | None = Field(
         None,
         description="Range of an activation: all that calibration shows (whole), that without the outermost values of each "
@@ -37,16 +44,7 @@ class CalibrationOptions(Options):
         return self.ranges or ("quantile" if images else "whole")
 
 
-class PostTrainingOptions(CalibrationOptions):
-    """What the backends that calibrate a finished network have in common."""
-
-    bias_correction: Literal["fast", "full"] = Field(
-        "full",
-        description="Correct the bias of each layer with all before it corrected (full), or of each by itself (fast).",
-    )
-
-
-class OpenvinoOptions(PostTrainingOptions):
+class OpenvinoOptions(CalibrationOptions):
     """Options of ``openvino-int8``."""
 
     overflow_fix: Literal["auto", "disable", "first_layer", "enable"] = Field("auto", description=OVERFLOW)
@@ -58,7 +56,7 @@ class OpenvinoOptions(PostTrainingOptions):
     )
 
 
-class TensorrtOptions(PostTrainingOptions):
+class TensorrtOptions(CalibrationOptions):
     """Options of ``tensorrt-int8``."""
 
     weights: Literal["float32", "int8"] = Field(
@@ -78,7 +76,7 @@ class QatOptions(CalibrationOptions):
         description="What is learnt: the maps of FP32, or, distillation, to follow the quantized teacher closer still.",
     )
     epochs: PositiveInt = Field(5, description="Passes over the training images.")
-    lr: PositiveFloat = Field(1e-4, description="Learning rate of the student's weights (Adam) at its highest.")
+    lr: PositiveFloat = Field(1e-5, description="Learning rate of the student's weights (Adam) at its highest.")
     scale_lr: PositiveFloat = Field(
         1e-3, description="Learning rate of the quantizers' scales, as a share of each scale a step."
     )

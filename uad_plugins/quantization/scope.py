@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,6 +58,18 @@ class TorchGraph(Graph):
     def convolutions_of(self, parameters: set[str]) -> list[str]:
         """Return the convolutions whose weight is one of the named parameters."""
         return [n for n in self.convolutions() if self.parameters.get(self.inputs[n].get(1, "")) in parameters]
+
+    def normalized(self, convolution: str) -> str:
+        """Return the normalization that alone takes what a convolution gives; the convolution itself where there is none."""
+        after = self.outputs.get(convolution, [])
+        return after[0] if len(after) == 1 and self.kinds[after[0]] == NORM else convolution
+
+    def shared(self) -> set[str]:
+        """Return the parameters that have a part in more than one operation."""
+        uses = Counter(dict.fromkeys(self.parameters.values(), 0))
+        for node, name in self.parameters.items():
+            uses[name] += len(self.outputs[node])
+        return {name for name, count in uses.items() if count > 1}
 
     def ignored(self, student: set[str] | None) -> list[str]:
         """Return the nodes that get no quantizer.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -10,7 +9,6 @@ from torch import nn
 
 from uad_plugins.errors import UadxError, UsageError
 from uad_plugins.hookspecs import QuantizationRequest, QuantizationResult
-from uad_plugins.quantization.bias_correction import correct_biases
 from uad_plugins.quantization.core import recalibrate
 from uad_plugins.quantization.export import save_onnx, to_onnx
 from uad_plugins.quantization.onnx_graph import with_int8_weights
@@ -18,35 +16,24 @@ from uad_plugins.quantization.options import TensorrtOptions
 from uad_plugins.quantization.torch_quantization import (
     CHECKPOINT,
     TENSORRT,
+    calibrated,
     load_quantized,
-    quantize_core,
     strip,
     was_trained,
 )
 from uad_plugins.quantized import Quantized
 
-BIAS_IMAGES = 32
-"""Calibration samples that biases are corrected with; products take turns among them."""
-
 
 def quantize(request: QuantizationRequest) -> QuantizationResult:
     """Write ``model.onnx``."""
     options: TensorrtOptions = request.options
-    reference = to_onnx(request.core, request.image_size)
     if options.source is None:
-        model = quantize_core(
-            request.core,
-            [torch.from_numpy(image) for image in request.calibration],
-            profile=TENSORRT,
-            ranges=options.chosen_ranges(bool(request.calibration.paths)),
-        )
+        model = calibrated(request, options, TENSORRT)
         recalibrate(request.module, model, map(torch.from_numpy, request.calibration.held_out(request.table)))
         result = QuantizationResult(["model.onnx"], "int8", TENSORRT)
     else:
         model, result = _trained(request, options.source)
     exported = to_onnx(strip(model, torch.zeros(1, 3, *request.image_size)), request.image_size)
-    if options.source is None and options.bias_correction == "full":
-        exported = correct_biases(exported, reference, [*islice(request.calibration, BIAS_IMAGES)])
     if options.weights == "int8":
         exported = with_int8_weights(exported)
     save_onnx(exported, request.folder / "model.onnx")

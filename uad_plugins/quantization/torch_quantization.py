@@ -26,12 +26,18 @@ from torch import nn
 
 from uad_plugins.artifacts import atomic_path, checked
 from uad_plugins.errors import UadxError
+from uad_plugins.hookspecs import QuantizationRequest
+from uad_plugins.quantization.bias_correction import correct_biases
+from uad_plugins.quantization.equalization import SAMPLES, equalize
 from uad_plugins.quantization.graph import NORM, TRANSPOSED
+from uad_plugins.quantization.options import CalibrationOptions
 from uad_plugins.quantization.quiet import quiet_quantizers
 from uad_plugins.quantization.ranges import advanced_parameters
 from uad_plugins.quantization.scope import TorchGraph
 
 OPENVINO, TENSORRT = "openvino", "tensorrt"
+BIAS_SAMPLES = 32
+"""Calibration samples that biases are corrected with; products take turns among them."""
 CHECKPOINT = "quantized.ckpt"
 """Weights and quantizers of a trained result."""
 
@@ -43,6 +49,34 @@ def hooks(model: nn.Module) -> list[tuple[str, SymmetricQuantizer]]:
     if foreign:
         raise UadxError(f"NNCF placed {', '.join(sorted(foreign))}, which no profile knows", "use the pinned NNCF version")
     return found
+
+
+def calibrated(
+    request: QuantizationRequest,
+    options: CalibrationOptions,
+    profile: str,
+    *,
+    student: set[str] | None = None,
+    overflow_fix: str = "disable",
+) -> nn.Module:
+    """Return a copy of the network with fake quantizers as the options want it: equalized, calibrated, biases corrected.
+
+    Args:
+        request: Network and calibration data. The network's channels are equalized.
+        options: How.
+        profile: ``openvino`` or ``tensorrt``.
+        student: See ``quantize_core``.
+        overflow_fix: See ``quantize_core``.
+    """
+    samples = [torch.from_numpy(image) for image in request.calibration]
+    if options.equalize:
+        equalize(request.core, samples[:SAMPLES])
+    graph = TorchGraph.of(request.core, samples[0])
+    ranges = options.chosen_ranges(bool(request.calibration.paths))
+    model = quantize_core(request.core, samples, profile=profile, student=student, overflow_fix=overflow_fix, ranges=ranges)
+    if options.bias_correction == "full":
+        correct_biases(model, request.core, graph, samples[:BIAS_SAMPLES])
+    return model
 
 
 def quantize_core(

@@ -28,7 +28,7 @@ LATENCY, THROUGHPUT = "LATENCY", "THROUGHPUT"
 PATIENCE = 120.0
 """Seconds after which a request that gives no result counts as hung."""
 
-POLL = 0.001
+POLL = 0.005
 """Seconds between two looks at the younger requests while the oldest is waited for."""
 
 _ABANDONED: list[Any] = []

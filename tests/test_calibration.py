@@ -14,6 +14,7 @@ from uad_plugins.data.layouts import scan
 from uad_plugins.data.samples import hold_out
 from uad_plugins.errors import UadxError
 from uad_plugins.hookspecs import QuantizationRequest
+from uad_plugins.quantization import torch_quantization
 from uad_plugins.quantization.calibration import SOURCES, calibrate
 from uad_plugins.quantization.export import save_onnx, to_onnx, to_openvino
 from uad_plugins.quantization.quiet import quiet_quantizers
@@ -138,21 +139,23 @@ def test_ranges_hold_an_outlier_or_leave_it_out(profile, quantile):
     ("source", "expected"), [("dataset", "quantile"), ("mixed", "quantile"), ("random-normal", "whole")]
 )
 @pytest.mark.parametrize("backend", ["openvino-int8", "tensorrt-int8", "nncf-qat"])
-def test_ranges_of_noise_hold_all_of_it(table, backend, source, expected, monkeypatch, tmp_path):
-    """It reaches less far than images do, and what is left out of it is missing for them."""
+def test_noise_keeps_all_of_its_range_and_equalizes_nothing(table, backend, source, expected, monkeypatch, tmp_path):
+    """It reaches less far than images do, and drives other channels."""
 
     class Enough(Exception):
         pass
 
     def seen(*arguments, **options):
-        found.append(arguments[0] if backend == "openvino-int8" else options["ranges"])
+        ranges.append(arguments[0] if backend == "openvino-int8" else options["ranges"])
         raise Enough
 
-    found = []
+    ranges, equalized = [], []
     module = importlib.import_module(f"uad_plugins.quantization.{backend.replace('-', '_')}")
-    monkeypatch.setattr(module, "advanced_parameters" if backend == "openvino-int8" else "quantize_core", seen)
+    home = module if backend == "openvino-int8" else torch_quantization
+    monkeypatch.setattr(home, "advanced_parameters" if backend == "openvino-int8" else "quantize_core", seen)
+    monkeypatch.setattr(home, "equalize", lambda core, images: equalized.append(len(list(images))))
     chosen = calibration(table, source, samples=6)
-    for options in ({}, {"ranges": "mean"}):
+    for options in ({}, {"ranges": "mean", "equalize": False}):
         request = QuantizationRequest(
             run=None,
             config=None,
@@ -166,4 +169,5 @@ def test_ranges_of_noise_hold_all_of_it(table, backend, source, expected, monkey
         )
         with pytest.raises(Enough):
             module.quantize(request)
-    assert found == [expected, "mean"]
+    assert ranges == [expected, "mean"]
+    assert equalized == ([] if source == "random-normal" else [6])

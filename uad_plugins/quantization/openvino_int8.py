@@ -37,7 +37,7 @@ def chosen_fix(name: str) -> str:
 def quantize(request: QuantizationRequest) -> QuantizationResult:
     """Write ``model.xml`` and ``model.bin``."""
     options: OpenvinoOptions = request.options
-    if options.equalize:
+    if options.equalize and request.calibration.paths:
         equalize(request.core, map(torch.from_numpy, islice(request.calibration, SAMPLES)))
     path = save_onnx(to_onnx(request.core, request.image_size), request.folder / "work" / "fp32.onnx")
     model = to_openvino(path)

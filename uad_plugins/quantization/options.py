@@ -23,7 +23,9 @@ class CalibrationOptions(Options):
     """How a network is made ready for its quantizers, and how their ranges are set."""
 
     equalize: bool = Field(
-        True, description="Make the channels between two convolutions alike first; what is computed stays the same."
+        True,
+        description="Make the channels between two convolutions alike first, by the images that calibrate; what is computed "
+        "stays the same.",
     )
     bias_correction: Literal["fast", "full"] = Field(
         "full",

@@ -69,7 +69,7 @@ def calibrated(
         overflow_fix: See ``quantize_core``.
     """
     samples = [torch.from_numpy(image) for image in request.calibration]
-    if options.equalize:
+    if options.equalize and request.calibration.paths:
         equalize(request.core, samples[:SAMPLES])
     graph = TorchGraph.of(request.core, samples[0])
     ranges = options.chosen_ranges(bool(request.calibration.paths))

@@ -5,11 +5,14 @@ tenth of the steps. Between two convolutions with nothing but rectifiers and poo
 smaller by the first and larger again by the second (Nagel et al., arXiv 1906.04721, section 4.1). How much of the difference
 is moved into the weights, which have a scale for each channel, follows Xiao et al. (arXiv 2211.10438, section 4). Images
 decide it: noise drives other channels, and equalized by noise the maps of STFPM were 72 % off instead of 24 %.
+
+Only convolutions without a normalization behind them are touched. Behind one channels are alike already, and those that
+calibration hardly saw would be blown up, to be clipped when they are seen: maps of Reverse Distillation were 98 % off.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -38,8 +41,8 @@ SHARE = 0.5
 SAMPLES = 64
 """Calibration samples that are looked at; products take turns among them."""
 
-LIMIT = 100.0
-"""Most that a channel is scaled by: one that calibration hardly saw must not grow beyond all bounds."""
+LIMIT = 4.0
+"""Most that a channel is scaled by, up or down, for the same reason."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Link:
     """A convolution and those that take nothing but what it gives.
 
     Attributes:
-        producer: The convolution, or the normalization behind it.
+        producer: The convolution.
         consumers: Convolutions.
     """
 
@@ -81,7 +84,7 @@ def equalize(core: nn.Module, calibration: Iterable[torch.Tensor]) -> int:
     graph = TorchGraph.of(core, images[0])
     found = links(graph)
     peaks = _peaks(core, [link.consumers[0] for link in found], images)
-    named = {**dict(core.named_parameters()), **dict(core.named_buffers())}
+    named = dict(core.named_parameters())
     with torch.no_grad():
         for link, peak in zip(found, peaks, strict=True):
             _scale(graph, named, link, peak)
@@ -94,12 +97,11 @@ def links(graph: TorchGraph) -> list[Link]:
     convolutions = [name for name in graph.convolutions() if graph.kinds[name] == CONV]
     found = []
     for name in convolutions:
-        producer = graph.normalized(name)
-        consumers = _consumers(graph, producer)
-        touched = [producer, *consumers]
+        consumers = _consumers(graph, name)
+        touched = [name, *consumers]
         own = {graph.parameters.get(source, "") for each in touched for port, source in graph.inputs[each].items() if port}
         if consumers and set(consumers) <= set(convolutions) and not own & shared:
-            found.append(Link(producer, tuple(consumers)))
+            found.append(Link(name, tuple(consumers)))
     return found
 
 
@@ -141,7 +143,7 @@ def _peaks(core: nn.Module, places: list[str], images: list[torch.Tensor]) -> li
     return [watcher.peak for watcher in watchers]
 
 
-def _scale(graph: TorchGraph, named: dict[str, torch.Tensor], link: Link, peak: torch.Tensor) -> None:
+def _scale(graph: TorchGraph, named: Mapping[str, torch.Tensor], link: Link, peak: torch.Tensor) -> None:
     weights = [named[graph.parameters[graph.inputs[name][1]]] for name in link.consumers]
     reach = torch.stack([_by_input(weight, len(peak)) for weight in weights]).amax(dim=0)
     alive = (peak > 0) & (reach > 0)
@@ -150,8 +152,8 @@ def _scale(graph: TorchGraph, named: dict[str, torch.Tensor], link: Link, peak: 
     scale = torch.where(alive, scale / scale[alive].log().mean().exp(), 1.0).clamp(1 / LIMIT, LIMIT)
     for source in graph.inputs[link.producer].values():
         value = named.get(graph.parameters.get(source, ""))
-        # Weight and bias; statistics of a normalization are no parameters, and say nothing about the size of its result.
-        if isinstance(value, nn.Parameter):
+        # Weight and bias.
+        if value is not None:
             value.div_(scale.reshape(-1, *[1] * (value.ndim - 1)))
     for weight in weights:
         groups = len(peak) // weight.shape[1]

@@ -11,7 +11,7 @@ from networks import METHODS, SIDE, core, exported, noise, quantized, students
 from onnx import TensorProto, numpy_helper
 
 from uad_plugins.quantization import openvino_rules, tensorrt_rules
-from uad_plugins.quantization.export import to_onnx
+from uad_plugins.quantization.export import save_onnx, to_onnx, to_openvino
 from uad_plugins.quantization.onnx_graph import attribute, with_float16_weights, with_int8_weights
 from uad_plugins.quantization.scope import TorchGraph
 from uad_plugins.quantization.torch_quantization import hooks, student_scales
@@ -36,6 +36,14 @@ def distance(found, expected):
 def test_each_rule_holds(method, profile, rule):
     assert tensorrt_rules.check(exported(method, profile), [rule]) == {rule: []}
     assert tensorrt_rules.check(with_int8_weights(exported(method, profile)), [rule]) == {rule: []}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_openvino_takes_int8_weights_as_they_are(method, tmp_path):
+    """A zero-point that several weights share is subtracted when the network runs, and the convolution stays in float."""
+    model = to_openvino(save_onnx(with_int8_weights(exported(method, "openvino")), tmp_path / "model.onnx"))
+    subtracted = [node for node in model.get_ops() if node.get_type_name() == "Subtract"]
+    assert not any(node.input_value(0).get_node().get_type_name() == "Convert" for node in subtracted)
 
 
 @pytest.mark.parametrize("method", METHODS)

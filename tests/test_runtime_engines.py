@@ -93,6 +93,55 @@ def test_other_resizing_stays_as_it_is():
         assert multiply_instead_of_resizing(openvino.Model([opset13.result(resized)], [source], "resize")) == 0
 
 
+def filtered(weight, size=(20, 27), pads=((0, 0), (0, 0)), strides=(1, 1)):
+    """A model of a single convolution."""
+    import openvino
+    from openvino import opset13
+
+    source = opset13.parameter([1, weight.shape[1], *size], openvino.Type.f32, name="map")
+    kernel = opset13.constant(weight.astype(np.float32))
+    result = opset13.convolution(source, kernel, list(strides), *(list(each) for each in pads), [1, 1])
+    return openvino.Model([opset13.result(result)], [source], "filter")
+
+
+def gaussian(rows, columns):
+    values = [np.exp(-((np.arange(n) - n // 2 + 0.2) ** 2) / 4) for n in (rows, columns)]
+    return np.outer(*values)[None, None]
+
+
+@pytest.mark.parametrize("pads", [((0, 0), (0, 0)), ((4, 2), (4, 2)), ((1, 0), (0, 3))])
+@pytest.mark.parametrize("shape", [(9, 5), (3, 11)])
+def test_filtering_by_products_is_a_separable_convolution(shape, pads):
+    import openvino
+
+    from uad_plugins.runtime.graph import multiply_instead_of_filtering
+
+    def run(subject):
+        return openvino.Core().compile_model(subject, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})([values])[0]
+
+    values = np.random.default_rng(0).random((1, 1, 20, 27), dtype=np.float32)
+    rewritten = filtered(gaussian(*shape), pads=pads)
+    assert multiply_instead_of_filtering(rewritten) == 1
+    assert "Convolution" not in {node.get_type_name() for node in rewritten.get_ops()}
+    np.testing.assert_allclose(run(rewritten), run(filtered(gaussian(*shape), pads=pads)), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("weight", "strides"),
+    [
+        (np.random.default_rng(0).random((1, 1, 3, 3)), (1, 1)),
+        (np.repeat(gaussian(3, 3), 4, axis=1), (1, 1)),
+        (np.repeat(gaussian(3, 3), 4, axis=0), (1, 1)),
+        (gaussian(3, 3), (2, 2)),
+    ],
+    ids=["not separable", "channels in", "channels out", "strided"],
+)
+def test_other_filters_stay_as_they_are(weight, strides):
+    from uad_plugins.runtime.graph import multiply_instead_of_filtering
+
+    assert multiply_instead_of_filtering(filtered(weight, strides=strides)) == 0
+
+
 def test_a_map_is_enlarged_by_products_in_a_bundle(bundle):
     import openvino
 

@@ -232,7 +232,12 @@ def with_int8_weights(model: ModelProto) -> ModelProto:
             shape[int(axis) if isinstance(axis, int) else 1] = -1
         set_initializer(result, f"{name}_int8", _integers(weight, scale, shape).astype(np.int8))
         for consumer in graph.outputs[name]:
-            graph.nodes[consumer].input[0] = f"{name}_int8"
+            dequantize = graph.nodes[consumer]
+            dequantize.input[0] = f"{name}_int8"
+            # One of its own: OpenVINO subtracts a shared one when it runs, and leaves the convolution behind it in float.
+            zero_point = f"{consumer}_zero_point"
+            set_initializer(result, zero_point, graph.arrays[dequantize.input[2]])
+            dequantize.input[2] = zero_point
         result.graph.node.remove(node)
     drop_unused(result)
     onnx.checker.check_model(result)

@@ -26,7 +26,7 @@ def read(path: Path) -> Any:
 
 
 def prepare(model: Any, mean: tuple[float, ...], std: tuple[float, ...]) -> Any:
-    """Return a model that takes 8-bit pixels, and whose maps are enlarged by products of matrices.
+    """Return a model that takes 8-bit pixels, and whose maps are enlarged and smoothed by products of matrices.
 
     Args:
         model: ``openvino.Model`` that takes one normalised image, float32 ``(1, 3, H, W)``. It is changed.
@@ -37,6 +37,7 @@ def prepare(model: Any, mean: tuple[float, ...], std: tuple[float, ...]) -> Any:
         A model that takes uint8 ``(1, H, W, 3)`` in RGB order.
     """
     multiply_instead_of_resizing(model)
+    multiply_instead_of_filtering(model)
     steps = PrePostProcessor(model)
     steps.input().tensor().set_element_type(Type.u8).set_layout(Layout("NHWC"))
     steps.input().model().set_layout(Layout("NCHW"))
@@ -71,6 +72,71 @@ def multiply_instead_of_resizing(model: Any) -> int:
     if replaced:
         model.validate_nodes_and_infer_types()
     return replaced
+
+
+def multiply_instead_of_filtering(model: Any) -> int:
+    """Replace separable filters of single-channel maps by two matrix products, and return how many were replaced.
+
+    A Gaussian is a filter of rows and one of columns. The same arithmetic as ``multiply_instead_of_resizing``. OpenVINO's
+    convolution of a single channel with the 33 x 33 values of Reverse Distillation took half of an INT8 network's time.
+
+    Args:
+        model: ``openvino.Model``. It is changed.
+    """
+    replaced = 0
+    for node in model.get_ordered_ops():
+        factors = _separable_filter(node)
+        if factors is None:
+            continue
+        source, result, facts = node.input_value(0), node.output(0), node.get_attributes()
+        sizes = zip(factors, list(source.get_shape())[2:], list(result.get_shape())[2:], facts["pads_begin"], strict=True)
+        rows, columns = (opset13.constant(filtering(*given)) for given in sizes)
+        product = opset13.matmul(rows, opset13.matmul(source, columns, False, True), False, False)
+        product.set_friendly_name(f"{node.get_friendly_name()}/product")
+        result.replace(product.output(0))
+        replaced += 1
+    if replaced:
+        model.validate_nodes_and_infer_types()
+    return replaced
+
+
+def filtering(weights: NDArray[np.float64], size: int, target: int, padding: int) -> NDArray[np.float32]:
+    """Return the matrix ``(target, size)`` that filters ``size`` values, with zeros beyond them.
+
+    Args:
+        weights: Of the filter, as a convolution of neural networks applies them: not mirrored.
+        size: Values there are.
+        target: Values wanted.
+        padding: Zeros before the first value.
+    """
+    places = np.arange(target)[:, None] - padding + np.arange(len(weights))
+    inside = (places >= 0) & (places < size)
+    matrix = np.zeros((target, size))
+    matrix[np.nonzero(inside)[0], places[inside]] = np.broadcast_to(weights, places.shape)[inside]
+    return matrix.astype(np.float32)
+
+
+def _separable_filter(node: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+    """Return the filters of columns and of rows that a convolution of one channel consists of; None for all others."""
+    if node.get_type_name() != "Convolution":
+        return None
+    facts, weight = node.get_attributes(), node.input_value(1).get_node()
+    source = node.input_value(0)
+    if (
+        weight.get_type_name() != "Constant"
+        or list(weight.get_output_shape(0))[:2] != [1, 1]
+        or len(weight.get_output_shape(0)) != 4
+        or source.get_partial_shape().is_dynamic
+        or source.get_shape()[0] != 1
+        or source.get_element_type() != Type.f32
+        or any(value != 1 for value in [*facts["strides"], *facts["dilations"]])
+        or facts["auto_pad"] not in {"explicit", "notset"}
+    ):
+        return None
+    left, sizes, right = np.linalg.svd(np.asarray(weight.data, np.float64)[0, 0])
+    if len(sizes) < 2 or sizes[1] > 1e-6 * sizes[0]:
+        return None
+    return left[:, 0] * np.sqrt(sizes[0]), right[0] * np.sqrt(sizes[0])
 
 
 def interpolation(size: int, target: int, *, aligned: bool) -> NDArray[np.float32]:

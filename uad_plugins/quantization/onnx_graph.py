@@ -269,9 +269,9 @@ def set_initializer(model: ModelProto, name: str, values: NDArray[Any]) -> None:
     """Add an initializer, or give the one of that name new values."""
     for tensor in model.graph.initializer:
         if tensor.name == name:
-            tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(values), name))
+            tensor.CopyFrom(numpy_helper.from_array(np.asarray(values, order="C"), name))
             return
-    model.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(values), name))
+    model.graph.initializer.append(numpy_helper.from_array(np.asarray(values, order="C"), name))
 
 
 def drop_unused(model: ModelProto) -> None:

@@ -231,8 +231,10 @@ def test_random_images_are_the_same_each_time_and_of_several_sizes():
 
 
 def test_a_bundle_that_says_something_else_is_not_written(trained, tmp_path, monkeypatch):
-    from uad_plugins.runtime import graph
+    # The detector first: what it imports from the graph's module must not be what stands there for this test.
+    from uad_plugins.runtime import graph, openvino_detector
 
+    assert openvino_detector.prepare is graph.prepare
     original = graph.prepare
     monkeypatch.setattr(graph, "prepare", lambda model, mean, std: original(model, mean, (1.0, 1.0, 1.0)))
     with pytest.raises(UadxError, match="does not say what its source says: openvino: maps differ"):

@@ -264,7 +264,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(bundle, photos, tmp_path
 
 
 def test_memory_does_not_grow(bundle, photos):
-    """Ten times the images must not take more memory: three times 400 small ones, from the second on."""
+    """More images must not take more memory: what keeps results grows with every 400 images, what settles does not."""
     statm = Path("/proc/self/statm")
     if not statm.exists():
         pytest.skip("no /proc")
@@ -276,8 +276,9 @@ def test_memory_does_not_grow(bundle, photos):
                 pass
             gc.collect()
             seen.append(int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
-    # A result is 16 KB of map: 400 kept ones would be 6.5 MB.
-    assert seen[3] - seen[1] < 5e6, seen
+    # A result is 16 KB of map: 400 kept ones would be 6.5 MB each time. An allocator may take some more once.
+    growth = [after - before for before, after in itertools.pairwise(seen)]
+    assert min(growth) < 2e6, growth
 
 
 def test_nothing_of_torch_is_loaded(bundle, onnx_bundle, photos, tmp_path):

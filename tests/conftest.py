@@ -143,6 +143,16 @@ def small(products: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def students(products: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of Uninformed Students on two scales. Not to be changed."""
+    from runs import over, small_run
+
+    out = tmp_path_factory.mktemp("students") / "run"
+    small_run(products, out, over())
+    return out
+
+
+@pytest.fixture(scope="session")
 def bundle(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run deployed for OpenVINO. Not to be changed."""
     return _deployed(trained, tmp_path_factory.mktemp("bundles") / "openvino", "openvino-cpu")

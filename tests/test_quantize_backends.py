@@ -115,17 +115,6 @@ def test_reverse_distillation_does_not_collapse(backend, source, restored, tmp_p
         assert manifest.size["openvino"]["ratio"] <= 0.27
 
 
-@pytest.fixture(scope="session")
-def students(products, tmp_path_factory):
-    """A run of Uninformed Students on two scales."""
-    out = tmp_path_factory.mktemp("students") / "run"
-    options = {"patch_sizes": [17, 33], "students": 2, "width": 0.0625, "stride": 4}
-    options["teacher"] = {"steps": 6, "batch_size": 8, "lr": 1e-3}
-    model = {"name": "uninformed_students", "options": options}
-    small_run(products, out, {"model": model, "data": {"val_fraction": 0.3}, "optimizer": {"name": "adam", "lr": 1e-3}})
-    return out
-
-
 @pytest.mark.parametrize(("backend", "source"), [("openvino-int8", "random-normal"), ("tensorrt-int8", "dataset")])
 def test_uninformed_students_are_quantized(backend, source, students, products, tmp_path):
     manifest = quantize(Order(students, tmp_path / "q", backend, source, 9, data=str(products)))

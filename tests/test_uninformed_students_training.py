@@ -27,30 +27,23 @@ from uad_plugins.models.uninformed_students import teachers
 from uad_plugins.models.uninformed_students.teachers import load_teacher
 
 
-@pytest.fixture(scope="module")
-def run(products, tmp_path_factory):
-    out = tmp_path_factory.mktemp("students") / "run"
-    small_run(products, out, over())
-    return out
-
-
-def test_a_run_records_its_teachers_and_finishes(run):
-    manifest = Run.open(run).manifest()
+def test_a_run_records_its_teachers_and_finishes(students):
+    manifest = Run.open(students).manifest()
     assert [(t["patch_size"], t["source"]) for t in manifest.method["teachers"]] == [(17, "distilled"), (33, "distilled")]
     assert "normal training images at 64x64" in manifest.method["teachers"][0]["images"]
     assert manifest.weights["source"] == "bundled"
 
 
-def test_thresholds_are_not_set_by_the_ratio_of_scores(run, products, tmp_path):
-    assert {entry["how"] for entry in read_json(run / "thresholds.json")["categories"].values()} == {"normal"}
-    shutil.copytree(run, tmp_path / "run")
+def test_thresholds_are_not_set_by_the_ratio_of_scores(students, products, tmp_path):
+    assert {entry["how"] for entry in read_json(students / "thresholds.json")["categories"].values()} == {"normal"}
+    shutil.copytree(students, tmp_path / "run")
     done = CliRunner().invoke(app, ["thresholds", str(tmp_path / "run"), str(products), "--json"])
     assert done.exit_code == 0, done.output
-    assert json.loads(done.stdout)["categories"] == read_json(run / "thresholds.json")["categories"]
+    assert json.loads(done.stdout)["categories"] == read_json(students / "thresholds.json")["categories"]
 
 
-def test_statistics_come_from_the_parts_they_should(run, products):
-    with open_detector(run) as detector:
+def test_statistics_come_from_the_parts_they_should(students, products):
+    with open_detector(students) as detector:
         model = detector.model
         table = small_datamodule(products).index()
         teacher = model.model.teachers[0]
@@ -71,20 +64,20 @@ def test_statistics_come_from_the_parts_they_should(run, products):
                 assert model.model.score_std[scale, 0, kind] == pytest.approx(std, rel=1e-3)
 
 
-def test_only_the_students_learn(run):
-    first = torch.load(run / "model.ckpt", weights_only=True)["state_dict"]
-    loaded = UninformedStudents.load_from_checkpoint(run / "model.ckpt", map_location="cpu")
+def test_only_the_students_learn(students):
+    first = torch.load(students / "model.ckpt", weights_only=True)["state_dict"]
+    loaded = UninformedStudents.load_from_checkpoint(students / "model.ckpt", map_location="cpu")
     trained = {id(p) for p in loaded.trained_parameters() if p.requires_grad}
     names = {name.split(".")[1] for name, p in loaded.named_parameters() if id(p) in trained}
     assert names == {"students"}
-    record = Run.open(run).manifest().method["teachers"][0]
+    record = Run.open(students).manifest().method["teachers"][0]
     cached, _ = load_teacher(teachers.cache_folder("teachers") / f"{record['key']}.safetensors")
     for name, tensor in cached.state_dict().items():
         assert torch.equal(first[f"model.teachers.0.{name}"], tensor)
 
 
-def test_evaluate_and_predict(run, products, tmp_path):
-    with open_detector(run) as detector:
+def test_evaluate_and_predict(students, products, tmp_path):
+    with open_detector(students) as detector:
         report = evaluate(detector, scan(products), out=tmp_path / "evaluation").report
         assert set(report["categories"]) == set(detector.categories)
         assert all(0 <= values["image_auroc"] <= 1 for values in report["categories"].values())
@@ -96,17 +89,17 @@ def test_evaluate_and_predict(run, products, tmp_path):
     assert {round(row["score"], 5) for row in rows} <= {round(score, 5) for score in scored.values()}
 
 
-def test_a_run_is_evaluated_in_batches_of_its_configuration(products, run, tmp_path):
+def test_a_run_is_evaluated_in_batches_of_its_configuration(products, students, tmp_path):
     for recipe in ("uninformed_students", "uninformed_students_edge"):
         assert resolve(file=find_config(Path(recipe)), environment={}).data.eval_batch_size <= 8
-    shutil.copytree(run, tmp_path / "run")
+    shutil.copytree(students, tmp_path / "run")
     config = tmp_path / "run" / "config.yaml"
     content, changed = re.subn(r"eval_batch_size: \d+", "eval_batch_size: 3", config.read_text())
     assert changed == 1
     config.write_text(content)
     paths = sorted(str(path) for path in (products / "washer" / "test").rglob("*.png"))
     seen = []
-    with open_detector(tmp_path / "run") as detector, open_detector(run) as whole:
+    with open_detector(tmp_path / "run") as detector, open_detector(students) as whole:
         detector.model.model.register_forward_hook(lambda _module, inputs, _output: seen.append(len(inputs[0])))
         found = list(detector.stream(paths))
         for mine, other in zip(found, whole.stream(paths), strict=True):
@@ -115,14 +108,14 @@ def test_a_run_is_evaluated_in_batches_of_its_configuration(products, run, tmp_p
     assert seen == [3, 3, 2]
 
 
-def test_the_same_seed_gives_the_same_scores(run, products, tmp_path):
+def test_the_same_seed_gives_the_same_scores(students, products, tmp_path):
     small_run(products, tmp_path / "again", over())
     paths = sorted(str(path) for path in (products / "washer" / "test").rglob("*.png"))
-    with open_detector(run) as one, open_detector(tmp_path / "again") as two:
+    with open_detector(students) as one, open_detector(tmp_path / "again") as two:
         assert [p.score for p in one.stream(paths)] == [p.score for p in two.stream(paths)]
 
 
-def test_resumed_training_ends_as_an_unbroken_one(run, products, tmp_path, monkeypatch):
+def test_resumed_training_ends_as_an_unbroken_one(students, products, tmp_path, monkeypatch):
     class Killed(BaseException):
         pass
 
@@ -142,9 +135,9 @@ def test_resumed_training_ends_as_an_unbroken_one(run, products, tmp_path, monke
     with monkeypatch.context() as patched:
         patched.setattr(UninformedStudents, "_distil", lambda *_: pytest.fail("distilled again"))
         small_run(products, out, over(), resume=True)
-    assert Run.open(out).manifest().method == Run.open(run).manifest().method
+    assert Run.open(out).manifest().method == Run.open(students).manifest().method
     paths = sorted(str(path) for path in (products / "connector" / "test").rglob("*.png"))[:4]
-    with open_detector(run) as one, open_detector(out) as two:
+    with open_detector(students) as one, open_detector(out) as two:
         assert [p.score for p in two.stream(paths)] == pytest.approx([p.score for p in one.stream(paths)], rel=1e-5)
 
 
@@ -162,20 +155,20 @@ def test_statistics_by_category(products, tmp_path):
             next(predict(detector, [path]))
 
 
-def test_worker_processes_change_nothing(run, products, tmp_path):
+def test_worker_processes_change_nothing(students, products, tmp_path):
     """Statistics of a pass of their own: the trainer's loader keeps its batches, with persistent workers too."""
     metrics = small_run(products, tmp_path / "run", over() | {"data": {**OVER["data"], "num_workers": 1}})
-    known = read_json(run / "metrics.json")
+    known = read_json(students / "metrics.json")
     assert metrics["best_val_loss"] == pytest.approx(known["best_val_loss"], rel=1e-5)
-    with open_detector(run) as one, open_detector(tmp_path / "run") as two:
+    with open_detector(students) as one, open_detector(tmp_path / "run") as two:
         for name in ("score_mean", "score_std", "feature_mean", "feature_std"):
             assert torch.allclose(getattr(two.model.model, name), getattr(one.model.model, name), rtol=1e-4)
 
 
-def test_statistics_of_descriptors_do_not_depend_on_the_sampling(run, products, tmp_path):
+def test_statistics_of_descriptors_do_not_depend_on_the_sampling(students, products, tmp_path):
     data = {**OVER["data"], "sampling": "balanced", "samples_per_epoch": 5}
     small_run(products, tmp_path / "run", over() | {"data": data, "trainer": {"max_epochs": 1}})
-    with open_detector(run) as one, open_detector(tmp_path / "run") as two:
+    with open_detector(students) as one, open_detector(tmp_path / "run") as two:
         for name in ("feature_mean", "feature_std"):
             assert torch.allclose(getattr(two.model.model, name), getattr(one.model.model, name), rtol=1e-5)
 
@@ -198,8 +191,8 @@ def test_training_at_an_output_stride_of_its_own_reaches_every_pixel(monkeypatch
     assert set(seen) == {(down, right) for down in range(4) for right in range(4)}
 
 
-def test_the_held_out_loss_of_an_image_is_its_training_loss(run):
-    model = UninformedStudents.load_from_checkpoint(run / "model.ckpt", map_location="cpu").eval()
+def test_the_held_out_loss_of_an_image_is_its_training_loss(students):
+    model = UninformedStudents.load_from_checkpoint(students / "model.ckpt", map_location="cpu").eval()
     batch = UnifiedBatch(image=torch.rand(3, 3, 64, 64), gt_label=torch.zeros(3, dtype=torch.long))
     with torch.no_grad():
         predicted = model.validation_step(batch)

@@ -9,13 +9,11 @@ graphs alone; for torch it has but the kind that looks at each layer by itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import deepcopy
 
 import torch
-from nncf.torch.function_hook import is_wrapped, register_post_function_hook, wrap_model
 from torch import nn
 
-from uad_plugins.quantization.scope import TorchGraph
+from uad_plugins.quantization.scope import TorchGraph, watching
 
 BIAS = 2
 """Port of a convolution, and of a normalization, at which its bias comes in."""
@@ -75,17 +73,11 @@ def correct_biases(model: nn.Module, reference: nn.Module, graph: TorchGraph, im
 
 def _means(model: nn.Module, places: list[str], batches: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return the mean of each channel of what the named operations give."""
-    wrapped = model if is_wrapped(model) else wrap_model(deepcopy(model))
     watchers = {place: _Mean(last=len(places) == 1) for place in places}
-    handles = [register_post_function_hook(wrapped, place, 0, watcher) for place, watcher in watchers.items()]
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                try:
-                    wrapped(batch)
-                except _ReachedError:
-                    continue
-    finally:
-        for handle in handles:
-            handle.remove()
+    with watching(model, watchers, inputs=False) as watched:
+        for batch in batches:
+            try:
+                watched(batch)
+            except _ReachedError:
+                continue
     return {place: watcher.total / watcher.count for place, watcher in watchers.items()}

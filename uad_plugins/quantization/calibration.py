@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -63,6 +64,21 @@ class Calibration(Sequence[FloatArray]):
             ImageError: It cannot be read.
         """
         return normalise(resize_rgb(read_rgb(path), self.image_size)[None], self.mean, self.std)
+
+    def without(self, paths: Sequence[str], table: SampleTable) -> Calibration:
+        """Return the same without some of its images, which are named in its record.
+
+        Args:
+            paths: Images to leave out.
+            table: What they are from.
+        """
+        odd = set(paths)
+        kept = tuple(path for path in self.paths if path not in odd)
+        left_out = sorted(relative_to(path, table.root) for path in odd)
+        gone = Counter(sample.category for sample in table if sample.path in odd)
+        images = {name: count - gone[name] for name, count in self.record["images"].items()}
+        record = {**self.record, "samples": len(kept) + self.noise, "images": images, "left_out": left_out}
+        return replace(self, paths=kept, record=record)
 
     def held_out(self, table: SampleTable) -> Iterator[FloatArray]:
         """Yield the readable held-out normal images of a table, as the network takes them."""
@@ -131,6 +147,7 @@ def calibrate(
         "noise": noise,
         "images": counts,
         "skipped": skipped,
+        "left_out": [],
         "images_sha256": hashlib.sha256("\n".join(relative_to(path, table.root) for path in paths).encode()).hexdigest()
         if paths
         else None,

@@ -13,15 +13,13 @@ calibration hardly saw would be blown up, to be clipped when they are seen: maps
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
-from nncf.torch.function_hook import register_pre_function_hook, wrap_model
 from torch import nn
 
 from uad_plugins.quantization.graph import CONV
-from uad_plugins.quantization.scope import TorchGraph
+from uad_plugins.quantization.scope import TorchGraph, watching
 
 HOMOGENEOUS = {
     "relu",
@@ -127,20 +125,11 @@ def _consumers(graph: TorchGraph, producer: str) -> list[str]:
 
 def _peaks(core: nn.Module, places: list[str], images: list[torch.Tensor]) -> list[torch.Tensor]:
     """Return the largest magnitude of each channel that reaches each of the convolutions."""
-    # A copy: the hooks of the network that is quantized are for its quantizers.
-    wrapped = wrap_model(deepcopy(core))
-    watchers = [_Peak() for _ in places]
-    handles = [
-        register_pre_function_hook(wrapped, place, 0, watcher) for place, watcher in zip(places, watchers, strict=True)
-    ]
-    try:
-        with torch.no_grad():
-            for image in images:
-                wrapped(image)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [watcher.peak for watcher in watchers]
+    watchers = {place: _Peak() for place in places}
+    with watching(core, watchers, inputs=True) as watched:
+        for image in images:
+            watched(image)
+    return [watcher.peak for watcher in watchers.values()]
 
 
 def _scale(graph: TorchGraph, named: Mapping[str, torch.Tensor], link: Link, peak: torch.Tensor) -> None:

@@ -21,10 +21,11 @@ from uad_plugins.hookspecs import QuantizationRequest, QuantizationResult, Quant
 from uad_plugins.models.backbones import with_licence
 from uad_plugins.models.torch_detector import TorchDetector
 from uad_plugins.quantization import audit as auditing
-from uad_plugins.quantization.calibration import calibrate
+from uad_plugins.quantization.calibration import Calibration, calibrate
 from uad_plugins.quantization.core import build_core, preprocessing_of
 from uad_plugins.quantization.export import save_onnx, save_openvino, to_onnx, to_openvino
 from uad_plugins.quantization.onnx_graph import with_int8_weights
+from uad_plugins.quantization.outliers import without_outliers
 from uad_plugins.quantization.quiet import quiet_quantizers
 from uad_plugins.quantization.referee import AGAINST_FP32, ENGINES, TRAINED, compare, held_out
 from uad_plugins.quantization.samples import samples_of
@@ -125,15 +126,17 @@ def quantize(order: Order, tell: Callable[[str], None] = lambda _: None) -> Quan
             source=_source(run, order.data),
         )
         _begin(station, manifest, order)
-        taken = f"{len(calibration)} calibration samples ({order.calibration})" if plugin.calibrated else "no calibration"
-        tell(f"quantizing with {order.backend}, {taken}")
         with quiet_quantizers():
             module = checked(run.checkpoint, lambda path: model_plugin(config.model.name).load(path, config))
+            core = build_core(module, reference.image_size)
+            calibration = without_outliers(core, calibration, table)
+            manifest = manifest.model_copy(update={"calibration": calibration.record})
+            tell(f"quantizing with {order.backend}, {_taken(calibration)}")
             request = QuantizationRequest(
                 run=run,
                 config=config,
                 module=module,
-                core=build_core(module, reference.image_size),
+                core=core,
                 image_size=reference.image_size,
                 calibration=calibration,
                 table=table,
@@ -145,6 +148,15 @@ def quantize(order: Order, tell: Callable[[str], None] = lambda _: None) -> Quan
             result = plugin.quantize(request)
         tell("auditing the result, and comparing it with FP32 on held-out images")
         return _judge(station, manifest, request, result, reference, judged_on, labelled=order.data is not None)
+
+
+def _taken(calibration: Calibration) -> str:
+    """Return in words what calibrates."""
+    if not len(calibration):
+        return "no calibration"
+    odd = len(calibration.record["left_out"])
+    rest = f", without {odd} images whose activations reach far beyond those of the others" if odd else ""
+    return f"{len(calibration)} calibration samples ({calibration.source}){rest}"
 
 
 def _source(run: Run, data: str | None) -> dict[str, Any]:

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from nncf.torch.function_hook import (
+    is_wrapped,
+    register_post_function_hook,
+    register_pre_function_hook,
+    wrap_model,
+)
 from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import build_nncf_graph
 from torch import nn
 
@@ -83,3 +92,24 @@ class TorchGraph(Graph):
             left_out |= set(self.kinds) - self.after(chosen)
             left_out |= set(self.convolutions()) - set(chosen)
         return sorted(name for name in left_out if self.kinds[name] not in {CONSTANT, INPUT})
+
+
+@contextmanager
+def watching(model: nn.Module, watchers: Mapping[str, nn.Module], *, inputs: bool) -> Iterator[nn.Module]:
+    """Yield a network that hands tensors through modules that look at them; it computes no gradients meanwhile.
+
+    Args:
+        model: Network; watched itself where it has hooks of NNCF already, else a copy is: its own hooks are for its
+            quantizers.
+        watchers: What looks, by the operation that it looks at; each returns the tensor that it gets.
+        inputs: At the operation's first input, instead of at what it gives.
+    """
+    watched = model if is_wrapped(model) else wrap_model(deepcopy(model))
+    register = register_pre_function_hook if inputs else register_post_function_hook
+    handles = [register(watched, place, 0, watcher) for place, watcher in watchers.items()]
+    try:
+        with torch.no_grad():
+            yield watched
+    finally:
+        for handle in handles:
+            handle.remove()

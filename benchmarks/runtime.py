@@ -233,7 +233,8 @@ def soak(bundle, folder, count):
     from uad_plugins.runtime import Detector
 
     with Detector(bundle) as detector:
-        seen = [resident() for index, _ in enumerate(detector.stream(files_of(folder, count))) if index % (count // 20) == 0]
+        every = max(1, count // 20)
+        seen = [resident() for index, _ in enumerate(detector.stream(files_of(folder, count))) if index % every == 0]
     return {"images": count, "rss_mb": seen}
 
 

@@ -1,5 +1,6 @@
 """The benchmarks: what they measure, and that a failure in one run does not stop the next."""
 
+import contextlib
 import importlib.util
 import json
 import runpy
@@ -99,6 +100,18 @@ def test_the_clock_of_the_throughput_covers_all_of_a_stream_after_another_was_dr
     assert found["images_per_s"] == pytest.approx(10 / 18)
     assert found["between_results"]["p50_ms"] == 1000
     assert events == [(1, runtime.WARM_UP), (2, 10)]
+
+
+@pytest.mark.parametrize(("count", "looks"), [(1, 1), (19, 19), (20, 20), (50, 25), (1000, 20)])
+def test_a_soak_of_any_length_is_measured(runtime, monkeypatch, count, looks):
+    class Detector(contextlib.nullcontext):
+        def stream(self, files):
+            return iter(files)
+
+    monkeypatch.setattr("uad_plugins.runtime.Detector", lambda bundle: Detector(Detector()))
+    monkeypatch.setattr(runtime, "files_of", lambda folder, count: [folder] * count)
+    found = runtime.soak("bundle", "folder", count)
+    assert (found["images"], len(found["rss_mb"])) == (count, looks)
 
 
 def test_openvinos_own_benchmark_takes_its_turn_in_every_repeat(runtime, monkeypatch, tmp_path):

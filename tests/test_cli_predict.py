@@ -116,3 +116,32 @@ def test_predict_watch_writes_lines_until_it_is_stopped(uadx, bundle, products, 
     assert "stopped after 4 images" in err
     assert len((tmp_path / "out" / "predictions.jsonl").read_text().splitlines()) == 4
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_stop_while_the_detector_is_opened_ends_the_watch_cleanly(uadx, bundle, products, tmp_path, monkeypatch):
+    import uad_plugins.detector
+
+    original = uad_plugins.detector.open_detector
+
+    def refusing(*_):
+        raise AssertionError("the signal was not caught")
+
+    def stopped(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    monkeypatch.setenv("UADX_CACHE", str(tmp_path / "cache"))
+    zipped = shutil.make_archive(str(tmp_path / "bundle"), "zip", bundle)
+    monkeypatch.setattr(uad_plugins.detector, "open_detector", stopped)
+    before = signal.signal(signal.SIGTERM, refusing)
+    try:
+        images = products / "washer" / "test" / "good"
+        status, out, err = uadx("predict", zipped, "--watch", images, "--out", tmp_path / "out")
+        assert signal.getsignal(signal.SIGTERM) is refusing
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (status, out) == (0, ""), err
+    assert "stopped after 0 images" in err
+    # What was begun is whole.
+    (unpacked,) = (tmp_path / "cache" / "bundles").iterdir()
+    assert (unpacked / "bundle.json").is_file()

@@ -22,6 +22,7 @@ from uad_plugins.deployment.jetson.uadx_jetson.files import RunnerError, write_a
 from uad_plugins.deployment.jetson.uadx_jetson.onnx_nodes import node_names
 from uad_plugins.detector import decode
 from uad_plugins.evaluation import overlays
+from uad_plugins.evaluation.predict import find_images
 from uad_plugins.evaluation.rows import picture_names
 
 
@@ -219,6 +220,34 @@ def test_folders_are_walked_as_by_uadx(tmp_path):
         "missing.png",
     ]
     assert set(on_device.EXTENSIONS) == imaging.EXTENSIONS
+
+
+FINDERS = [pytest.param(find_images, id="uadx"), pytest.param(on_device.find_images, id="on the device")]
+
+
+@pytest.mark.parametrize("find", FINDERS)
+def test_a_folder_is_walked_once_whatever_links_lead_to_it(tmp_path, find):
+    for name in ("a.png", "deep/b.png", "other/c.png"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).touch()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "d.png").touch()
+    links = {"self": ".", "deep/up": "..", "deep/other": "../other", "other/deep": "../deep", "far": "../elsewhere"}
+    links["loop"] = "loop"
+    for name, target in links.items():
+        (tmp_path / "in" / name).symlink_to(target)
+    found = find([str(tmp_path / "in")])
+    assert found == [str(tmp_path / "in" / name) for name in ("a.png", "deep/b.png", "far/d.png", "other/c.png")]
+
+
+@pytest.mark.parametrize("find", FINDERS)
+def test_a_folder_that_cannot_be_listed_hides_no_other(tmp_path, closed, find):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "b.png").touch()
+    lost, alone = closed(tmp_path / "a" / "lost+found"), closed(tmp_path / "alone")
+    assert find([str(tmp_path / "a")]) == [str(tmp_path / "a" / "b.png")]
+    # The one that was asked for stands for itself.
+    assert find([str(lost), str(alone)]) == [str(lost), str(alone)]
 
 
 @pytest.mark.parametrize("threshold", [None, 0.0, -1.0, 0.3, 2.0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -307,6 +308,25 @@ def test_heat_maps_are_written_at_the_size_of_the_source(tmp_path, photos):
     # The map grows from its first to its last pixel, so the picture must differ more and more from its source.
     difference = np.abs(shown[2] - np.asarray(read_rgb(photos[1])))
     assert difference[-1, -1].sum() > difference[0, 0].sum()
+
+
+def test_a_folder_that_cannot_be_listed_gets_an_error_and_the_rest_go_on(device, photos, closed):
+    inner, alone = closed(photos[0].parent / "lost+found"), closed(photos[0].parents[1] / "alone")
+    done = device.run("predict", str(photos[0].parent), str(alone))
+    assert done.status == 1, done.err
+    assert [row["path"] for row in done.rows] == [*map(str, photos), str(alone)]
+    assert [row["error"] for row in done.rows] == [None] * 10 + ["is a folder, not an image"]
+    assert str(inner) not in done.out
+
+
+def test_an_error_of_the_system_is_one_line(device, photos, monkeypatch):
+    def refusing(path):
+        raise OSError(5, "Input/output error", path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    done = device.run("predict", str(photos[0].parent))
+    assert (done.status, done.out) == (2, "")
+    assert done.err == f"error: {photos[0].parent}: Input/output error\n"
 
 
 def test_an_empty_folder_is_refused(device, tmp_path):

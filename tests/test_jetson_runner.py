@@ -38,6 +38,14 @@ def test_the_throughput_keeps_two_images_under_way(device):
     assert log[:8] == [(run, 0), (run, 1), (wait, 0), (run, 0), (wait, 1), (run, 1), (wait, 0), (wait, 1)]
 
 
+def test_a_single_image_is_measured_on_the_lane_that_runs_it(device):
+    done = device.run("benchmark", "--warm-up", "1", "--images", "1")
+    assert json.loads(done.out)["images"] == 1
+    log = [entry for entry in device.cuda.log if entry[0] in {"execute", "synchronize"}]
+    # Closing waits for both lanes once more.
+    assert log[-4:] == [("execute", 0), ("synchronize", 0), ("synchronize", 0), ("synchronize", 1)]
+
+
 def test_a_reader_that_goes_away_is_no_error(tmp_path):
     bundle = write_bundle(tmp_path / "bundle")
     script = (

@@ -285,6 +285,13 @@ def test_plain_folders_that_may_not_be_read_are_left_out(tmp_path, closed):
     assert {row[0] for row in rows(scan(tmp_path))} == {"bolt/good/a.png", "bolt/bad/a.png"}
 
 
+def test_links_back_into_a_folder_double_nothing(tmp_path, mvtec):
+    table = scan(mvtec(tmp_path, "bolt"))
+    for place, target in (("train/good/self", "."), ("test/crack/loop", "loop"), ("loop", "loop")):
+        (tmp_path / "bolt" / place).symlink_to(target)
+    assert list(scan(tmp_path, "mvtec").paths) == list(table.paths)
+
+
 def test_a_root_that_may_not_be_read_is_refused(tmp_path, monkeypatch):
     def refuse(*_):
         raise PermissionError(13, "Permission denied")

@@ -165,6 +165,34 @@ def test_a_queue_that_hangs_in_the_middle_loses_and_doubles_nothing(bundle, phot
     np.testing.assert_allclose(scores, [item.score for item in expected], rtol=1e-3)
 
 
+def test_a_stream_that_is_closed_while_requests_hang_keeps_them(bundle, photos, expected, monkeypatch):
+    """To release a hung request means to wait for it: none goes back, and none is released."""
+    from uad_plugins.runtime import openvino_detector
+
+    started, waited, wait, start = [], [], openvino_detector._Request.wait, openvino_detector._Request.start
+
+    def first_alone(self, seconds):
+        waited.append(seconds)
+        return self is started[0] and len(started) > 1 and wait(self, 60.0)
+
+    monkeypatch.setattr(openvino_detector._Request, "start", lambda self, image: started.append(self) or start(self, image))
+    monkeypatch.setattr(openvino_detector._Request, "wait", first_alone)
+    monkeypatch.setattr(openvino_detector, "_ABANDONED", [])
+    with open_detector(bundle) as detector:
+        monkeypatch.setattr(detector, "patience", 0.5)
+        stream = detector.stream(good(photos))
+        next(stream)
+        with pytest.warns(RuntimeWarning, match="no result within 0.5 s"):
+            stream.close()
+        waits = len(waited)
+        assert set(started) <= set(openvino_detector._ABANDONED)
+        again = list(detector.stream(good(photos)))
+        assert len(waited) == waits, "a queue that hung is not waited for again"
+        for request in openvino_detector._ABANDONED:
+            wait(request, 60.0)
+    np.testing.assert_allclose([item.score for item in again], [item.score for item in expected], rtol=1e-3)
+
+
 def test_a_finished_request_takes_the_next_image_while_the_oldest_is_under_way(bundle, photos, expected, monkeypatch):
     from uad_plugins.runtime.openvino_detector import _Request
 

@@ -1,5 +1,6 @@
 """Each engine by itself: it conforms, OpenVINO enlarges by products, and TensorRT needs a device."""
 
+import os
 import shutil
 import sys
 import warnings
@@ -230,6 +231,46 @@ def test_errors_of_cuda_are_told_and_no_context_is_left(jetson, monkeypatch):
             detector.infer(np.zeros((1, 64, 64, 3), np.uint8))
     detector.close()
     assert (jetson.cuda.contexts, jetson.cuda.memory) == (0, {})
+
+
+@pytest.fixture
+def sealed_off(monkeypatch):
+    """Make folders that may not be written, also by root: ``sealed_off(path)``."""
+    refused, access = set(), os.access
+    monkeypatch.setattr(os, "access", lambda path, mode, **more: Path(path) not in refused and access(path, mode, **more))
+    return refused.add
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_an_engine_folder_that_cannot_be_written_is_taken_while_its_engine_fits(jetson, sealed_off, tmp_path, monkeypatch):
+    monkeypatch.setenv("UADX_CACHE", str(tmp_path / "cache"))
+    beside, built = jetson.bundle / "engine", lambda: len(jetson.trt.called("Builder.build_serialized_network"))
+    open_detector(jetson.bundle, "tensorrt").close()
+    before = {path.name: path.read_bytes() for path in beside.iterdir()}
+    sealed_off(beside)
+    open_detector(jetson.bundle, "tensorrt").close()
+    assert built() == 1
+    jetson.cuda.name = "Xavier"
+    for _ in range(2):
+        open_detector(jetson.bundle, "tensorrt").close()
+        assert built() == 2
+    assert {path.name: path.read_bytes() for path in beside.iterdir()} == before
+    (cached,) = (tmp_path / "cache" / "tensorrt").glob("*/model.engine")
+    assert cached.parent.name == Bundle.open(jetson.bundle).manifest.seal
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_files_of_a_bundle_are_hashed_once(jetson, monkeypatch):
+    open_detector(jetson.bundle, "tensorrt").close()
+    opened, opening = [], Path.open
+
+    def noting(self, *arguments, **more):
+        opened.append(self.name)
+        return opening(self, *arguments, **more)
+
+    monkeypatch.setattr(Path, "open", noting)
+    open_detector(jetson.bundle, "tensorrt").close()
+    assert opened.count("model.onnx") == 1
 
 
 def test_an_error_of_the_system_says_what_it_is(bundle, monkeypatch):

@@ -1,6 +1,7 @@
 """Bundles for model servers: what is written keeps the schemas that the servers publish."""
 
 import json
+import sys
 from typing import ClassVar
 
 import pytest
@@ -35,6 +36,17 @@ class TestTritonWithOpenVino(TargetConformance):
     def test_its_configuration_keeps_the_published_schema(self, packaged):
         (group,) = published(packaged).instance_group
         assert (group.kind, group.count) == (ENUMS["Kind"].index("KIND_CPU"), 2)
+
+
+def test_triton_with_openvino_says_how_to_install_it(uadx, trained, tmp_path, monkeypatch):
+    for name in ("uad_plugins.runtime.openvino_detector", "uad_plugins.runtime.graph"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    status, _, err = uadx("deploy", trained, "--target", "triton", "--set", "backend=openvino", "--out", tmp_path / "b")
+    assert status == 1
+    assert "triton with backend=openvino needs openvino, which is not installed" in err
+    assert "pip install 'uadx[openvino]'" in err
+    assert list(tmp_path.iterdir()) == []
 
 
 def published(packaged):

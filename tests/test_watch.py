@@ -12,6 +12,7 @@ from watching import picture, rows_of, until
 
 from uad_plugins.detector import open_detector
 from uad_plugins.errors import UadxError, UsageError
+from uad_plugins.evaluation import watch
 from uad_plugins.evaluation.watch import RESULTS, Watch
 
 
@@ -121,6 +122,38 @@ def test_what_is_gone_for_long_is_forgotten(bundle, tmp_path):
         kept.rename(folder / "0.png")
         until(lambda: len(running.rows) == 5)
     assert Path(running.rows[4]["path"]).name == "0.png"
+
+
+def test_an_empty_look_neither_forgets_nor_starts_anew(monkeypatch):
+    """An inbox that is emptied again and again is forgotten too; a share that is away for long is not, whatever it shows."""
+    now, here = [0.0], (1, 1)
+    monkeypatch.setattr(watch.time, "monotonic", lambda: now[0])
+    done = watch._Done({"a": here, "b": here})
+
+    def look(at, *there):
+        now[0] = at
+        watch._forget(dict.fromkeys(there, here), {}, done, memory=10.0)
+        return sorted(done.stamps)
+
+    assert look(0, "a", "b") == ["a", "b"]
+    assert look(1) == look(30) == ["a", "b"]
+    # Back in part: what is missing counts from now on.
+    assert look(31, "b") == look(40, "b") == ["a", "b"]
+    assert look(40.5) == look(45) == ["a", "b"]
+    assert look(46, "b") == ["b"]
+    for number in range(100):
+        done.stamps[str(number)] = here
+        look(now[0] + 1, str(number))
+        look(now[0] + 1)
+    assert sorted(done.stamps) == [str(number) for number in range(94, 100)]
+
+
+def test_a_link_that_leads_to_itself_hides_nothing(bundle, tmp_path):
+    picture(tmp_path / "in" / "a.png")
+    (tmp_path / "in" / "loop").symlink_to("loop")
+    with Running(bundle, tmp_path / "in", tmp_path / "out") as running:
+        until(lambda: running.rows or running.said)
+    assert running.said == []
 
 
 def test_a_folder_that_cannot_be_read_hides_no_other(bundle, tmp_path, monkeypatch):

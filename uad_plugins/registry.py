@@ -237,6 +237,11 @@ def require_installed(plugin: Any) -> None:
     Raises:
         UadxError: Something is not; the hint is the command that provides it.
     """
-    for requirement in plugin.requires:
+    require(plugin.name, plugin.requires)
+
+
+def require(what: str, requirements: Iterable[hookspecs.Requirement]) -> None:
+    """Check that what something needs is installed; see ``require_installed``."""
+    for requirement in requirements:
         if not installed(requirement.module):
-            raise UadxError(f"{plugin.name} needs {requirement.module}, which is not installed", requirement.install)
+            raise UadxError(f"{what} needs {requirement.module}, which is not installed", requirement.install)

@@ -9,9 +9,11 @@ from typing import Any
 
 from uad_plugins.artifacts import write_json, write_text
 from uad_plugins.deployment.options import NAME, OvmsOptions, TritonOptions
+from uad_plugins.deployment.plugin import OPENVINO
 from uad_plugins.deployment.targets import model_of, tensor_names, write_ir
 from uad_plugins.errors import UadxError
 from uad_plugins.hookspecs import PackagingRequest, PackagingResult
+from uad_plugins.registry import require
 
 OVMS_KEYS: dict[str, type | tuple[type, ...]] = {
     "name": str,
@@ -87,6 +89,7 @@ def triton(request: PackagingRequest) -> PackagingResult:
     file = f"models/{options.name}/1/{TRITON_FILES[backend]}"
     target = request.folder / file
     if pixels:
+        require("triton with backend=openvino", OPENVINO)
         name, outputs = write_ir(request, target)
     else:
         source = model_of(request, "onnx")

@@ -18,6 +18,7 @@ except ImportError:
     # Windows has no such locks; two watchers of one result are then not noticed.
     fcntl = None  # type: ignore[assignment]
 
+from uad_plugins.data.layouts.walking import is_folder
 from uad_plugins.detector import BATCH_SIZE, Detector
 from uad_plugins.errors import UadxError, UsageError, unknown_name
 from uad_plugins.evaluation.predict import predict
@@ -155,20 +156,20 @@ class Watch:
             visited.add(real)
             try:
                 with os.scandir(place) as entries:
-                    found = [(entry.name, entry.is_dir(), entry.is_symlink()) for entry in entries]
+                    found = [(entry.name, is_folder(entry), entry.is_symlink()) for entry in entries]
             except OSError as error:
                 if real == str(folder):
                     raise
                 self._remark(place, f"{place}: left out, it cannot be read ({error.strerror})")
                 continue
             self._told.discard(place)
-            for name, is_folder, is_link in found:
+            for name, leads_on, is_link in found:
                 path = os.path.join(place, name)  # noqa: PTH118
                 if name.startswith("."):
                     continue
-                if is_folder and is_link:
+                if leads_on and is_link:
                     linked.append((path, os.path.realpath(path)))
-                elif is_folder:
+                elif leads_on:
                     own.append((path, os.path.join(real, name)))  # noqa: PTH118
                 elif is_image(name):
                     yield path
@@ -225,12 +226,15 @@ def _within(inner: Path, outer: Path) -> bool:
 def _forget(there: dict[str, Stamp], seen: dict[str, _Seen], done: _Done, memory: float) -> None:
     """Drop what is gone from the folder: memory must not grow with all that was ever there.
 
-    What has a row is known for a while longer. An empty folder says nothing: it may be where a share is not mounted.
+    What has a row is known for a while longer. An empty folder says nothing: it may be where a share is not mounted. Then
+    nothing counts as gone from now on, nothing is dropped, and what was gone before is so since then.
     """
     for path in [path for path in seen if path not in there]:
         del seen[path]
+    if not there:
+        return
     now = time.monotonic()
-    done.gone = {path: done.gone.get(path, now) for path in done.stamps if path not in there} if there else {}
+    done.gone = {path: done.gone.get(path, now) for path in done.stamps if path not in there}
     for path in [path for path, since in done.gone.items() if now - since >= memory]:
         del done.stamps[path], done.gone[path]
 

@@ -165,11 +165,11 @@ class OpenVinoDetector(ExportedDetector):
                 self._await(queue)
                 yield from map(self._scored, queue.landed())
         finally:
-            if not queue.working:
-                _ABANDONED.extend(queue.requests)
-            elif queue.finish(self.patience):
+            if queue.working and queue.finish(self.patience):
                 # For the next stream. One that began before this one ended has made its own.
                 self._idle = queue.requests
+            elif queue.working:
+                self._give_up(queue)
 
     def _take_requests(self) -> list[_Request]:
         if self._compiled is None:
@@ -183,10 +183,13 @@ class OpenVinoDetector(ExportedDetector):
 
     def _await(self, queue: _Queue) -> None:
         """Wait until an image has landed, or the queue counts as hung: then all of them count as landed, without result."""
-        if queue.wait(self.patience):
-            return
+        if not queue.wait(self.patience):
+            self._give_up(queue)
+
+    def _give_up(self, queue: _Queue) -> None:
         self._hung = True
         queue.abandon()
+        _ABANDONED.extend(queue.requests)
         warnings.warn(
             f"{self.name}: OpenVINO gave no result within {self.patience:g} s; going on one image at a time",
             RuntimeWarning,

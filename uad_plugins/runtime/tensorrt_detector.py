@@ -10,16 +10,16 @@ import os
 import warnings
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pycuda.driver as cuda
 
 from uad_plugins.artifacts import cache_folder
 from uad_plugins.deployment.bundle import Bundle
+from uad_plugins.deployment.jetson.uadx_jetson.bundle import Bundle as DeviceBundle
 from uad_plugins.deployment.jetson.uadx_jetson.bundle import read_bundle
-from uad_plugins.deployment.jetson.uadx_jetson.devices import gpu
-from uad_plugins.deployment.jetson.uadx_jetson.engines import EngineFiles, ensure_engine, load_engine
+from uad_plugins.deployment.jetson.uadx_jetson.devices import Gpu, gpu
+from uad_plugins.deployment.jetson.uadx_jetson.engines import EngineFiles, ensure_engine, fits, load_engine
 from uad_plugins.deployment.jetson.uadx_jetson.files import RunnerError
 from uad_plugins.deployment.jetson.uadx_jetson.imaging import Normaliser
 from uad_plugins.deployment.jetson.uadx_jetson.inference import Session
@@ -34,7 +34,8 @@ ON_THE_DEVICE = "see docs/jetson.md; python3 runner.py build shows TensorRT's me
 class TensorRtDetector(Detector):
     """Runs ``model.onnx`` by the engine that TensorRT makes of it; the engine is built when there is none that fits.
 
-    The engine lies in the bundle's folder ``engine``; where that cannot be written, in the user's cache folder.
+    The engine lies in the bundle's folder ``engine``; where none there fits and none can be written, in the user's cache
+    folder.
 
     Args:
         bundle: The bundle.
@@ -53,9 +54,10 @@ class TensorRtDetector(Detector):
         try:
             # In a block, so that the context of the GPU is given back whatever happens, and says what CUDA complains of.
             with ExitStack() as held:
-                known = read_bundle(bundle.folder)
-                files = EngineFiles(_engine_folder(bundle))
-                ensure_engine(known, files, held.enter_context(gpu()), lambda line: warnings.warn(line, stacklevel=2))
+                known = read_bundle(bundle.folder, verified=True)
+                device = held.enter_context(gpu())
+                files = _engine_files(bundle, known, device)
+                ensure_engine(known, files, device, lambda line: warnings.warn(line, stacklevel=2))
                 self._session = held.enter_context(Session(load_engine(files), known))
                 self._normaliser = Normaliser(known)
                 self._held = held.pop_all()
@@ -88,8 +90,9 @@ class TensorRtDetector(Detector):
             self._held.close()
 
 
-def _engine_folder(bundle: Bundle) -> Path:
-    beside = bundle.folder / "engine"
-    if beside.is_dir() or os.access(bundle.folder, os.W_OK):
+def _engine_files(bundle: Bundle, known: DeviceBundle, device: Gpu) -> EngineFiles:
+    beside = EngineFiles(bundle.folder / "engine")
+    written = beside.folder if beside.folder.is_dir() else bundle.folder
+    if os.access(written, os.W_OK | os.X_OK) or fits(known, beside, device):
         return beside
-    return cache_folder("tensorrt") / bundle.manifest.seal
+    return EngineFiles(cache_folder("tensorrt") / bundle.manifest.seal)

@@ -23,7 +23,9 @@ def predict(
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder for heat maps and predictions.csv.", metavar="DIR")
     ] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images scored together.")] = 16,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", min=1, help="Images scored together; with OpenVINO, decoded ahead.")
+    ] = 16,
     engine: Annotated[
         str | None,
         typer.Option(
@@ -92,25 +94,26 @@ def _watch(
     engine: str | None,
     as_json: bool,
 ) -> None:
-    """Score images as they arrive, until SIGTERM or Ctrl-C."""
-    from uad_plugins.detector import open_detector
-    from uad_plugins.evaluation.watch import Watch
-
+    """Score images as they arrive, until SIGTERM or Ctrl-C; either may come while the detector is being opened."""
     if paths:
         raise UsageError("--watch takes the place of PATH", "give one of them")
     if out is None:
         raise UsageError("no folder to write the results to", "add --out DIR")
-    with open_detector(run, engine) as detector, _stopping() as stop:
-        watch = Watch(folder.expanduser(), out.expanduser(), category, stop, batch_size=batch_size, tell=note)
-        note(f"watching {folder}; results: {out / 'predictions.jsonl'}")
-        count = 0
-        for row in watch.run(detector):
-            count += 1
-            if as_json:
-                emit_line(row)
-            else:
-                _show(row)
-                sys.stdout.flush()
+    with _stopping() as stop:
+        from uad_plugins.detector import open_detector
+        from uad_plugins.evaluation.watch import Watch
+
+        with open_detector(run, engine) as detector:
+            watch = Watch(folder.expanduser(), out.expanduser(), category, stop, batch_size=batch_size, tell=note)
+            note(f"watching {folder}; results: {out / 'predictions.jsonl'}")
+            count = 0
+            for row in watch.run(detector):
+                count += 1
+                if as_json:
+                    emit_line(row)
+                else:
+                    _show(row)
+                    sys.stdout.flush()
     note(f"stopped after {count} images")
 
 

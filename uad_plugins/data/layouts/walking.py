@@ -20,7 +20,7 @@ def folders(root: Path) -> list[Path]:
     """Return the sub-folders, sorted, hidden ones left out; none of what may not be read."""
     try:
         with os.scandir(root) as entries:
-            return sorted(Path(e.path) for e in entries if e.is_dir() and not e.name.startswith("."))
+            return sorted(Path(e.path) for e in entries if is_folder(e) and not e.name.startswith("."))
     except (NotADirectoryError, FileNotFoundError, PermissionError):
         return []
 
@@ -28,20 +28,45 @@ def folders(root: Path) -> list[Path]:
 def images(root: Path) -> Iterator[str]:
     """Yield the image files below a folder, at any depth, hidden files and folders left out.
 
-    A folder below it that may not be read (``lost+found``) is left out; ``uadx data check`` names it.
+    Every folder is visited once, however many links lead to it, by its own name where it has one. A folder below that may
+    not be read (``lost+found``) is left out; ``uadx data check`` names it.
 
     Raises:
         OSError: The folder itself cannot be read.
     """
-    with os.scandir(root) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                with suppress(PermissionError):
-                    yield from images(Path(entry.path))
-            elif is_image(entry.name):
-                yield entry.path
+    own = [(str(root), os.path.realpath(root))]
+    linked: list[tuple[str, str]] = []
+    visited: set[str] = set()
+    while own or linked:
+        place, real = own.pop() if own else linked.pop()
+        if real in visited:
+            continue
+        visited.add(real)
+        try:
+            listed = os.scandir(place)
+        except PermissionError:
+            if place == str(root):
+                raise
+            continue
+        with listed:
+            for entry in listed:
+                if entry.name.startswith("."):
+                    continue
+                if not is_folder(entry):
+                    if is_image(entry.name):
+                        yield entry.path
+                elif entry.is_symlink():
+                    linked.append((entry.path, os.path.realpath(entry.path)))
+                else:
+                    own.append((entry.path, os.path.join(real, entry.name)))  # noqa: PTH118
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Tell whether an entry is a folder or leads to one; a link that leads to itself does not."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def images_if_readable(root: Path) -> Iterator[str]:

@@ -50,7 +50,7 @@ def benchmark(session: Session, bundle: Bundle, warm_up: int, images: int) -> di
         if number >= len(lanes):
             lanes[number % len(lanes)].fetch()
         lanes[number % len(lanes)].submit(fill)
-    for number in range(images, images + min(images, len(lanes))):
+    for number in range(max(0, images - len(lanes)), images):
         lanes[number % len(lanes)].fetch()
     seconds = time.perf_counter() - start
     p50, p90, p99 = (round(float(value), 3) for value in np.percentile(latencies, (50, 90, 99)))

@@ -68,14 +68,7 @@ def ensure_engine(
     """
     written = _read_sidecar(files.sidecar)
     options = options or _options_of(written)
-    wanted = {
-        "schema": SCHEMA,
-        "tensorrt": trt.__version__,
-        "gpu": gpu.name,
-        "compute_capability": gpu.compute_capability,
-        "onnx_sha256": bundle.onnx_sha256,
-        "options": options.as_dict(),
-    }
+    wanted = _wanted(bundle, gpu, options)
     reason = "asked for" if force else _difference(written, wanted, files.engine)
     if reason is None:
         return False
@@ -86,6 +79,15 @@ def ensure_engine(
     note(f"engine: {files.engine}")
     note(f"the same with trtexec, in {bundle.folder}: {plan.trtexec}")
     return True
+
+
+def fits(bundle: Bundle, files: EngineFiles, gpu: Gpu) -> bool:
+    """Tell whether the engine on disk can be read and need not be built anew."""
+    written = _read_sidecar(files.sidecar)
+    try:
+        return _difference(written, _wanted(bundle, gpu, _options_of(written)), files.engine) is None
+    except RunnerError:
+        return False
 
 
 def load_engine(files: EngineFiles) -> Any:
@@ -104,6 +106,17 @@ def load_engine(files: EngineFiles) -> Any:
             f"{files.engine}: TensorRT {trt.__version__} cannot load it; build it anew: runner.py build --force"
         )
     return engine
+
+
+def _wanted(bundle: Bundle, gpu: Gpu, options: BuildOptions) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA,
+        "tensorrt": trt.__version__,
+        "gpu": gpu.name,
+        "compute_capability": gpu.compute_capability,
+        "onnx_sha256": bundle.onnx_sha256,
+        "options": options.as_dict(),
+    }
 
 
 def _read_sidecar(path: Path) -> dict[str, Any]:

@@ -102,21 +102,54 @@ class Normaliser:
 def find_images(words: Iterable[str]) -> list[str]:
     """Turn files and folders into image paths, each once, in the order given; folders at any depth, sorted.
 
-    A file that does not exist stays in the list: it gets an error in its row.
+    What does not exist or may not be read stays in the list: it gets an error in its row.
     """
     found: dict[str, None] = {}
     for word in words:
-        path = Path(word).expanduser()
-        found.update(dict.fromkeys(sorted(_below(str(path))) if path.is_dir() else [str(path)]))
+        path = str(Path(word).expanduser())
+        found.update(dict.fromkeys(_below(path) if os.path.isdir(path) else [path]))  # noqa: PTH112
     return list(found)
 
 
-def _below(folder: str) -> Iterator[str]:
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                yield from _below(entry.path)
-            elif entry.name.lower().endswith(EXTENSIONS):
-                yield entry.path
+def _below(folder: str) -> list[str]:
+    try:
+        return sorted(_walked(folder))
+    except PermissionError:
+        return [folder]
+
+
+def _walked(root: str) -> Iterator[str]:
+    """Yield the images below a folder; each folder once, whatever links lead to it, and none that may not be read."""
+    own = [(root, os.path.realpath(root))]
+    linked: list[tuple[str, str]] = []
+    visited: set[str] = set()
+    while own or linked:
+        place, real = own.pop() if own else linked.pop()
+        if real in visited:
+            continue
+        visited.add(real)
+        try:
+            listed = os.scandir(place)
+        except PermissionError:
+            if place == root:
+                raise
+            continue
+        with listed:
+            for entry in listed:
+                if entry.name.startswith("."):
+                    continue
+                if not _is_folder(entry):
+                    if entry.name.lower().endswith(EXTENSIONS):
+                        yield entry.path
+                elif entry.is_symlink():
+                    linked.append((entry.path, os.path.realpath(entry.path)))
+                else:
+                    own.append((entry.path, os.path.join(real, entry.name)))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        # A link that leads to itself.
+        return False

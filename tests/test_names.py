@@ -48,6 +48,17 @@ def test_they_are_trained_on_and_measured(uadx, trained, data, tmp_path):
     assert "stecker\\udce4" in out
     for name in ("report.html", "scores.csv", "report.json"):
         assert "stecker\\udce4" in (tmp_path / "report" / name).read_text(encoding="utf-8")
+    status, out, err = uadx("quantize", run, "--samples", 9, "--out", tmp_path / "int8", "--json")
+    assert status == 0, err
+    assert json.loads(out)["calibration"]["images"] == {"fabric": 3, os.fsdecode(b"stecker\xe4"): 3, "washer": 3}
+    bundle = tmp_path / "bundle"
+    status, out, err = uadx("deploy", tmp_path / "int8", "--target", "openvino-cpu", "--out", bundle, "--json")
+    assert status == 0, err
+    assert os.fsdecode(b"stecker\xe4") in json.loads(out)["categories"]
+    (bundle / "bundle.json").read_text(encoding="utf-8")
+    assert "stecker\\udce4" in (bundle / "README.md").read_text(encoding="utf-8")
+    status, out, err = uadx("predict", bundle, data / "washer" / "test" / "good", "--category", os.fsdecode(b"stecker\xe4"))
+    assert status == 0, err
     status, out, err = uadx("data", "check", data)
     assert status == 1
     assert "part\\udcff.png" in out

@@ -53,6 +53,7 @@ def test_an_odd_image_is_left_out_and_a_product_of_odd_images_is_not(images):
     rest = without_outliers(network, chosen, images)
     assert rest.record["left_out"] == ["faint/train/good/011.png"]
     assert (len(rest), rest.record["samples"], rest.record["images"]) == (81, 81, {"faint": 79, "strong": 2})
+    assert rest.record["images_sha256"] not in {None, chosen.record["images_sha256"]}
     assert not any(path.endswith("faint/train/good/011.png") for path in rest.paths)
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     assert not any("nncf" in name for name, _ in network.named_modules())

@@ -15,6 +15,7 @@ from uad_plugins.deployment.bundle import Bundle
 from uad_plugins.detector import open_detector
 from uad_plugins.errors import UadxError, UsageError
 from uad_plugins.hookspecs import QuantizationResult, QuantizerPlugin
+from uad_plugins.quantization import outliers
 from uad_plugins.quantization.export import save_onnx, to_onnx
 from uad_plugins.quantization.quantize import Order, quantize
 from uad_plugins.quantization.samples import samples_of
@@ -153,7 +154,18 @@ def test_folders_are_not_overwritten_by_mistake(int8, small, tmp_path):
         quantize(Order(small, tmp_path / "q", "fp32", resume=True, overwrite=True))
 
 
-def test_wrong_usage_is_told_before_anything_is_done(small, tmp_path):
+def test_what_was_not_calibrated_with_is_said(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(outliers, "FACTOR", 1.0)
+    done = command("quantize", small, "--samples", 100, "--out", tmp_path / "q")
+    assert done.exit_code == 0, done.stderr
+    record = Quantized(tmp_path / "q").manifest().calibration
+    assert (record["asked"], record["samples"] + len(record["left_out"])) == (100, 27)
+    assert record["left_out"]
+    assert "note: 100 calibration samples were asked for, there are images for 27" in done.stderr
+    assert f"note: {len(record['left_out'])} odd images were left out of the calibration" in done.stderr
+
+
+def test_wrong_usage_is_told_before_anything_is_done(small, products, tmp_path):
     out = tmp_path / "q"
     with pytest.raises(UsageError, match="unknown quantizer 'openvino-int'") as error:
         quantize(Order(small, out, "openvino-int"))
@@ -166,6 +178,9 @@ def test_wrong_usage_is_told_before_anything_is_done(small, tmp_path):
         quantize(Order(small, out, "fp32", calibration="random"))
     with pytest.raises(UsageError, match="2 calibration images cannot cover 3 products"):
         quantize(Order(small, out, "openvino-int8", samples=2))
+    shutil.copytree(products, tmp_path / "part", ignore=shutil.ignore_patterns("washer"))
+    with pytest.raises(UadxError, match="no normal training image of washer to calibrate with"):
+        quantize(Order(small, out, "openvino-int8", data=str(tmp_path / "part")))
     assert command("quantize", small).exception.message == "no folder to write the quantized model to"
     assert not out.exists()
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from networks import MEAN, STD, core, noise, quantized
-from runs import small_run
+from runs import over, small_run
 
 from uad_plugins.artifacts import Run
-from uad_plugins.config import model_plugin
+from uad_plugins.config import merge, model_plugin
 from uad_plugins.data.layouts import scan
 from uad_plugins.data.products.synthesis import synthesize
 from uad_plugins.detector import open_detector
@@ -135,6 +135,49 @@ def test_uninformed_students_keep_statistics_of_the_quantized_network(students, 
     network = model_plugin("uninformed_students").load(run.checkpoint, run.config()).model
     assert not torch.equal(state["network.score_mean"], network.score_mean)
     assert torch.equal(state["network.feature_mean"], network.feature_mean)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("backend", "source"),
+    [
+        ("openvino-int8", "dataset"),
+        ("openvino-int8", "mixed"),
+        ("tensorrt-int8", "random-normal"),
+        ("nncf-qat", "random-normal"),
+    ],
+)
+@pytest.mark.parametrize("method", ["reverse_distillation", "uninformed_students"])
+def test_every_method_is_quantized_at_an_oblong_size(method, backend, source, oblong, tmp_path):
+    options = {"epochs": 1, "accelerator": "cpu"} if backend == "nncf-qat" else {}
+    manifest = quantize(Order(oblong[method], tmp_path / "q", backend, source, 9, options=options))
+    assert manifest.status == "finished"
+    assert manifest.calibration["shape"] == [1, 3, 64, 96]
+    assert all(0 < placed["quantized"] == placed["convolutions"] for placed in manifest.placement.values())
+
+
+@pytest.fixture(scope="module")
+def oblong(products, tmp_path_factory):
+    """Runs of images of 64 x 96 pixels, by method."""
+    folder = tmp_path_factory.mktemp("oblong")
+    changes = {"reverse_distillation": {"model": {"name": "reverse_distillation"}}, "uninformed_students": over()}
+    for method, changed in changes.items():
+        small_run(products, folder / method, merge(changed, {"data": {"image_size": [64, 96]}}))
+    return {method: folder / method for method in changes}
+
+
+def test_a_graph_for_tensorrt_is_run_node_by_node_where_sums_saturate(small, tmp_path, monkeypatch):
+    """Its thresholds come from ONNX Runtime; OpenVINO would score otherwise on such a processor."""
+    from uad_plugins import cpu
+
+    quantize(Order(small, tmp_path / "tensorrt", "tensorrt-int8", samples=6))
+    quantize(Order(small, tmp_path / "fp32", "fp32"))
+    for saturates, engine in ((True, "onnxruntime"), (False, "openvino")):
+        monkeypatch.setattr(cpu, "saturates", lambda saturates=saturates: saturates)
+        with open_detector(tmp_path / "tensorrt") as one, open_detector(tmp_path / "fp32") as other:
+            assert (one.engine, other.engine) == (engine, "openvino")
+        with open_detector(tmp_path / "tensorrt", "openvino") as asked:
+            assert asked.engine == "openvino"
 
 
 @pytest.mark.parametrize("size", [[64, 96], 80])

@@ -7,6 +7,7 @@ import numpy as np
 import onnx
 import pytest
 from networks import calibration
+from runs import small_run
 
 from uad_plugins.data.layouts import scan
 from uad_plugins.data.samples import Sample, SampleTable, hold_out
@@ -61,6 +62,21 @@ def test_accuracy_control_that_runs_out_of_layers_is_rejected(small, tmp_path, m
         "more than 1e-05"
     )
     assert error.value.hint.endswith("a higher --max-drop, more --set max_layers, --backend nncf-qat")
+
+
+@pytest.mark.slow
+def test_accuracy_control_goes_by_labelled_validation_images(products, tmp_path):
+    """An index file marks them; the test split stays untouched."""
+    lines = ["path,category,split,label,mask"]
+    for sample in scan(products):
+        split = "val" if sample.split == "test" else sample.split
+        lines.append(f"{sample.path},{sample.category},{split},{'anomalous' if sample.label else 'normal'},{sample.mask}")
+    (tmp_path / "index.csv").write_text("\n".join(lines))
+    small_run(tmp_path / "index.csv", tmp_path / "run", {"model": {"layers": ["layer1"]}})
+    options = {"max_drop": 0.3, "max_layers": 1}
+    manifest = quantize(Order(tmp_path / "run", tmp_path / "q", "openvino-int8", samples=6, options=options))
+    assert manifest.details["guard"] == "image AUROC of each category"
+    assert manifest.details["drop"] <= 0.3
 
 
 def test_accuracy_control_guards_each_category(table):

@@ -7,6 +7,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice, repeat
 from pathlib import Path
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from uad_plugins.cpu import cores
 from uad_plugins.errors import EngineError, UadxError, reason_of
 from uad_plugins.evaluation.thresholds import Thresholds
+from uad_plugins.hookspecs import RuntimePlugin
 from uad_plugins.imaging import ImageError, RgbImage, resize_rgb, to_8_bit
 from uad_plugins.registry import registry
 
@@ -202,6 +204,13 @@ def decode(path: str, size: tuple[int, int]) -> Decoded:
         return Decoded(None, error=error.message.removeprefix(f"{path}: "))
 
 
+def _preferred(runtime: RuntimePlugin, folder: Path) -> bool:
+    """Tell whether an engine wants to be asked first; one that fails at that is asked in its turn."""
+    with suppress(Exception):
+        return runtime.preferred is not None and runtime.preferred(folder)
+    return False
+
+
 def open_detector(folder: str | Path, engine: str | None = None) -> Detector:
     """Open a run, a quantized model or a bundle.
 
@@ -220,7 +229,7 @@ def open_detector(folder: str | Path, engine: str | None = None) -> Detector:
     answers: list[str] = []
     missing: list[str] = []
     failed: list[UadxError] = []
-    for runtime in sorted(runtimes, key=lambda item: -item.priority):
+    for runtime in sorted(runtimes, key=lambda item: (not _preferred(item, folder), -item.priority)):
         try:
             detector: Detector | None = runtime.open(folder)
         except EngineError as error:

@@ -180,7 +180,7 @@ class QuantizerPlugin:
         options: Pydantic model of the backend's own options (``--set``); every field has a default and a description.
         requires: What must be installed.
         supports: What the method must support (``ModelPlugin.supports``).
-        calibrated: It takes calibration data; False: none is looked for.
+        calibrated: It takes calibration data; False: none is looked for. A function says so from the options.
     """
 
     name: str
@@ -189,7 +189,7 @@ class QuantizerPlugin:
     options: type[BaseModel] = NoOptions
     requires: tuple[Requirement, ...] = ()
     supports: frozenset[str] = frozenset({"export"})
-    calibrated: bool = True
+    calibrated: bool | Callable[[Any], bool] = True
 
 
 @dataclass(frozen=True)
@@ -283,6 +283,7 @@ class RuntimePlugin:
             next engine is asked, unless the user has named this one.
         requires: What must be installed on the machine that runs it.
         priority: Decides between engines that can open the same folder; higher wins.
+        preferred: Folder -> whether this engine is to be asked before all others, whatever their priorities; None: never.
     """
 
     name: str
@@ -290,6 +291,7 @@ class RuntimePlugin:
     open: Callable[[Path], Detector | None]
     requires: tuple[Requirement, ...] = ()
     priority: int = 0
+    preferred: Callable[[Path], bool] | None = None
 
 
 @dataclass(frozen=True)

@@ -153,9 +153,11 @@ class BundleManifest(Part):
 
     def text(self) -> str:
         """Return the sealed text of ``bundle.json``."""
-        content = {**self.model_dump(mode="json", by_alias=True), "seal": UNSEALED}
+        content = {**self.model_dump(by_alias=True), "seal": UNSEALED}
         blank = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        return blank.replace(UNSEALED, hashlib.sha256(blank.encode()).hexdigest(), 1)
+        # Bytes of names that are not UTF-8 become the escapes that JSON has for them.
+        sealed = blank.encode("utf-8", "backslashreplace")
+        return sealed.replace(UNSEALED.encode(), hashlib.sha256(sealed).hexdigest().encode(), 1).decode()
 
 
 def outside(name: str) -> str:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -77,8 +78,8 @@ class Calibration(Sequence[FloatArray]):
         left_out = sorted(relative_to(path, table.root) for path in odd)
         gone = Counter(sample.category for sample in table if sample.path in odd)
         images = {name: count - gone[name] for name, count in self.record["images"].items()}
-        record = {**self.record, "samples": len(kept) + self.noise, "images": images, "left_out": left_out}
-        return replace(self, paths=kept, record=record)
+        facts = {"samples": len(kept) + self.noise, "images": images, "left_out": left_out, **_seal(kept, table.root)}
+        return replace(self, paths=kept, record={**self.record, **facts})
 
     def held_out(self, table: SampleTable) -> Iterator[FloatArray]:
         """Yield the readable held-out normal images of a table, as the network takes them."""
@@ -148,13 +149,17 @@ def calibrate(
         "images": counts,
         "skipped": skipped,
         "left_out": [],
-        "images_sha256": hashlib.sha256("\n".join(relative_to(path, table.root) for path in paths).encode()).hexdigest()
-        if paths
-        else None,
+        **_seal(paths, table.root),
         "seed": seed,
         "shape": [1, 3, *image_size],
     }
     return Calibration(source, image_size, mean, std, seed, tuple(paths), noise, record)  # type: ignore[arg-type]
+
+
+def _seal(paths: Sequence[str], root: Path) -> dict[str, str | None]:
+    """Return the hash of the names of the images, in their order."""
+    names = "\n".join(relative_to(path, root) for path in paths).encode("utf-8", "surrogateescape")
+    return {"images_sha256": hashlib.sha256(names).hexdigest() if paths else None}
 
 
 def _choose(

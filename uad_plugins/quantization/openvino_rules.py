@@ -132,7 +132,7 @@ def _head(graph: OpenvinoGraph) -> list[str]:
 
 
 def _consumers(graph: OpenvinoGraph) -> list[str]:
-    """Quantized activations go to convolutions, additions and what moves tensors about; the head takes them as floats."""
+    """Quantized activations go to convolutions and to what moves tensors about; additions and the head take floats."""
     head = graph.head()
     return [
         f"{name}: feeds {graph.kinds[consumer]}"

@@ -2,7 +2,7 @@
 
 The range of an activation has to hold the strongest responses of good parts. One odd image among hundreds (an empty picture,
 another part) can reach ten or thirty times as far in the deep layers of a decoder, and would leave all others a tenth of the
-steps: four blank pictures among 300 took the maps of Reverse Distillation 33 % off instead of 9 %.
+steps: ten of 300 pictures took the maps of Reverse Distillation 33 % off instead of 3 %.
 """
 
 from __future__ import annotations

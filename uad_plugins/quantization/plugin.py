@@ -60,6 +60,7 @@ def uadx_register_quantizers() -> list[QuantizerPlugin]:
             _tensorrt_int8,
             TensorrtOptions,
             (*ONNX, *OPENVINO),
+            calibrated=lambda options: options.source is None,
         ),
         QuantizerPlugin(
             "nncf-qat",

@@ -111,7 +111,7 @@ def quantize(order: Order, tell: Callable[[str], None] = lambda _: None) -> Quan
             mean=facts.mean,
             std=facts.std,
             seed=order.seed,
-            needed=plugin.calibrated,
+            needed=plugin.calibrated if isinstance(plugin.calibrated, bool) else plugin.calibrated(options),
         )
         judged_on = held_out(table, reference.categories, REFEREE_IMAGES)
         manifest = QuantizedManifest(

@@ -38,7 +38,20 @@ def _open_onnxruntime(path: Path) -> Detector | None:
         return None
     from uad_plugins.runtime.onnxruntime_detector import OnnxRuntimeDetector
 
-    return OnnxRuntimeDetector(found.path, found.facts, found.thresholds, str(path), outputs=found.outputs)
+    return OnnxRuntimeDetector(
+        found.path, found.facts, found.thresholds, str(path), literal=_saturating(path), outputs=found.outputs
+    )
+
+
+def _saturating(path: Path) -> bool:
+    """Tell whether it is a graph for TensorRT whose 8-bit sums saturate on this processor, unless it is run node by node.
+
+    Its thresholds and its AUROC are those of ONNX Runtime, node by node: see ``quantize.judging``.
+    """
+    from uad_plugins.cpu import saturates
+    from uad_plugins.quantized import MANIFEST, Quantized
+
+    return (path / MANIFEST).is_file() and Quantized(path).manifest().profile == "tensorrt" and saturates()
 
 
 def _open_tensorrt(path: Path) -> Detector | None:
@@ -68,6 +81,7 @@ def uadx_register_runtimes() -> list[RuntimePlugin]:
             summary="runs bundles and quantized models with ONNX Runtime",
             open=_open_onnxruntime,
             requires=(Requirement("onnxruntime", "pip install 'uadx[onnx-runtime]'"),),
+            preferred=_saturating,
         ),
         RuntimePlugin(
             name="tensorrt",

@@ -61,7 +61,7 @@ def deploy(
     )
     manifest = run_deployment(order, note)
     if as_json:
-        emit_json({"out": str(out), **manifest.model_dump(mode="json", by_alias=True)})
+        emit_json({"out": str(out), **manifest.model_dump(by_alias=True)})
         return
     size = sum(file.bytes for file in manifest.files.values())
     for engine, agreement in manifest.metrics["verified"].items():

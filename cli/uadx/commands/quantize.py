@@ -9,6 +9,7 @@ import typer
 
 from uad_plugins.config import from_assignments
 from uad_plugins.errors import UsageError, missing_extra
+from uad_plugins.quantized import MANIFEST
 from uadx.output import emit_json, note, program, say, table
 
 
@@ -67,7 +68,7 @@ def quantize(
     )
     manifest = run_quantization(order, note)
     if as_json:
-        emit_json({"out": str(out), **manifest.model_dump(mode="json", by_alias=True)})
+        emit_json({"out": str(out), **manifest.model_dump(by_alias=True)})
         return
     if manifest.auroc is not None:
         rows = [
@@ -76,9 +77,12 @@ def quantize(
             for metric, values in metrics.items()
         ]
         table(["category", "metric", "FP32", manifest.precision.upper(), "drop"], rows)
-    asked, used = manifest.calibration["asked"], manifest.calibration["samples"]
-    if used < asked:
-        note(f"note: {asked} calibration samples were asked for, there are {used} images")
+    asked, left_out = manifest.calibration["asked"], len(manifest.calibration.get("left_out", ()))
+    found = manifest.calibration["samples"] + left_out
+    if found < asked:
+        note(f"note: {asked} calibration samples were asked for, there are images for {found}")
+    if left_out:
+        note(f"note: {left_out} odd images were left out of the calibration; see calibration.left_out in {out / MANIFEST}")
     for kind, size in manifest.size.items():
         say(f"{kind}: {size['before'] / 1e6:.2f} MB -> {size['after'] / 1e6:.2f} MB ({size['ratio']:.2f} of FP32)")
         if not size["small"]:

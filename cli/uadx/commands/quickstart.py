@@ -31,7 +31,7 @@ def quickstart(
     if as_json:
         facts = {"out": str(out), "report": str(result.report), "seconds": result.seconds, **report}
         for name, manifest in (("int8", result.int8), ("bundle", result.bundle)):
-            facts[name] = manifest.model_dump(mode="json", by_alias=True) if manifest is not None else None
+            facts[name] = manifest.model_dump(by_alias=True) if manifest is not None else None
         emit_json({**facts, "example": asdict(result.example) if result.example is not None else None})
         return
     rows = [[n, *(figure(v[m]) for m in HEADINGS)] for n, v in [*report["categories"].items(), ("mean", report["mean"])]]

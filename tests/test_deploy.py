@@ -80,6 +80,29 @@ def test_the_model_card_has_tables_and_pictures(bundle):
             assert image.height == 192
 
 
+def test_a_bundle_says_what_its_source_was_last_measured_at(trained, bundle, products, tmp_path, uadx):
+    run = shutil.copytree(trained, tmp_path / "run")
+    status, out, err = uadx("evaluate", run, products, "--json")
+    assert status == 0, err
+    report = json.loads(out)
+    # A part of the products is no measurement of the model, and a sealed bundle notes nothing.
+    for words in ([run, products, "--category", "washer"], [bundle, products]):
+        assert uadx("evaluate", *words)[0] == 0
+    assert not (bundle / "evaluation.json").exists()
+    manifest = deploy(Order(run, tmp_path / "a", "onnx", pictures=False))
+    assert manifest.metrics["evaluation"] == {
+        "data": str(products),
+        **{name: report[name] for name in ("categories", "mean", "pooled")},
+    }
+    card = (tmp_path / "a" / "README.md").read_text()
+    assert f"| mean: image auroc, evaluated | {report['mean']['image_auroc']:.4f} |" in card
+    assert f"| washer: pixel auroc, evaluated | {report['categories']['washer']['pixel_auroc']:.4f} |" in card
+    # Of another model it says nothing.
+    content = {**json.loads((run / "evaluation.json").read_text()), "model": "another"}
+    write_json(run / "evaluation.json", content)
+    assert "evaluation" not in deploy(Order(run, tmp_path / "b", "onnx", pictures=False)).metrics
+
+
 def test_the_openvino_model_takes_8_bit_pixels(bundle):
     import openvino
 

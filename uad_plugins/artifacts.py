@@ -144,7 +144,7 @@ class Run:
 
     The folder holds ``run.json`` (manifest), ``config.yaml`` (resolved configuration), ``model.ckpt`` (the best checkpoint),
     ``last.ckpt`` (where ``--resume`` goes on), ``thresholds.json``, ``metrics.json``, ``skipped.json``, ``split.json``
-    (what was held out from training) and ``logs/``.
+    (what was held out from training), ``logs/``, and ``evaluation.json`` once it has been evaluated.
     """
 
     folder: Path

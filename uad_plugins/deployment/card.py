@@ -145,6 +145,7 @@ def _measured(manifest: BundleManifest) -> list[tuple[str, ...]]:
             rows.append(
                 (f"{category}: {metric.replace('_', ' ')}", f"{values['quantized']:.4f} (FP32 {values['fp32']:.4f})")
             )
+    rows += _evaluated(manifest.metrics.get("evaluation", {}))
     for engine, agreement in (quantization.get("agreement_with_fp32") or {}).items():
         # Between two engines of the same file it is no matter of FP32.
         what = engine if " and " in engine else f"{engine} against FP32"
@@ -152,6 +153,17 @@ def _measured(manifest: BundleManifest) -> list[tuple[str, ...]]:
     for engine, agreement in manifest.metrics.get("verified", {}).items():
         rows.append((f"{engine} against the source", _agreement(agreement, manifest.metrics.get("verified_on", "images"))))
     return rows
+
+
+def _evaluated(evaluation: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Return the AUROC that the source was last measured at."""
+    named = {**evaluation.get("categories", {}), **({"mean": evaluation["mean"]} if evaluation else {})}
+    return [
+        (f"{name}: {metric.replace('_', ' ')}, evaluated", f"{values[metric]:.4f}")
+        for name, values in named.items()
+        for metric in ("image_auroc", "pixel_auroc")
+        if values.get(metric) is not None
+    ]
 
 
 def _trained(training: Mapping[str, Any]) -> list[tuple[str, ...]]:

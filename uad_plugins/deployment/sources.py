@@ -14,6 +14,7 @@ from uad_plugins.data.layouts import scan
 from uad_plugins.data.samples import SampleTable, split_again
 from uad_plugins.detector import Detector, open_detector
 from uad_plugins.errors import UadxError, UsageError
+from uad_plugins.evaluation.record import kept
 from uad_plugins.evaluation.thresholds import Thresholds
 from uad_plugins.models.backbones import with_licence
 from uad_plugins.models.torch_detector import TorchDetector
@@ -135,7 +136,7 @@ def _run(folder: Path, precision: str, work: Path) -> Source:
         profile="float",
         whole=False,
         split=run.source(),
-        metrics=_training(run),
+        metrics={**_training(run), **_evaluation(folder)},
         weights=with_licence(run.manifest().weights),
     )
 
@@ -160,7 +161,11 @@ def _quantized(folder: Path) -> Source:
         whole=manifest.profile != "float" and manifest.whole,
         split=manifest.source,
         calibration=manifest.calibration if manifest.profile != "float" else {},
-        metrics={**(_training(run) if known else {}), "quantization": {k: v for k, v in metrics.items() if v}},
+        metrics={
+            **(_training(run) if known else {}),
+            "quantization": {k: v for k, v in metrics.items() if v},
+            **_evaluation(folder),
+        },
         weights=_weights(manifest.source, run if known else None),
     )
 
@@ -172,6 +177,11 @@ def _models(folder: Path, files: Mapping[str, Any]) -> dict[str, Path]:
 
 def _training(run: Run) -> dict[str, Any]:
     return {"training": read_json(run.metrics_file)} if run.metrics_file.is_file() else {}
+
+
+def _evaluation(folder: Path) -> dict[str, Any]:
+    measured = kept(folder)
+    return {"evaluation": measured} if measured else {}
 
 
 def _weights(source: Mapping[str, Any], run: Run | None) -> dict[str, Any]:

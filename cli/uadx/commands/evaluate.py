@@ -32,6 +32,7 @@ def evaluate(
 
     try:
         from uad_plugins.evaluation.evaluate import evaluate as measure
+        from uad_plugins.evaluation.record import keep
         from uad_plugins.evaluation.report import HEADINGS, figure, write_report
     except ModuleNotFoundError as error:
         raise missing_extra("evaluating", "train", error) from error
@@ -40,7 +41,10 @@ def evaluate(
         for name in sorted(set(samples.categories) - set(detector.categories)):
             note(f"warning: '{name}' was not trained on; it is judged by the pooled threshold")
         result = measure(detector, samples, out=out, all_maps=all_maps, progress=progress)
+        whole = set(detector.categories) <= set(samples.categories)
     report = result.report
+    if whole:
+        keep(run.expanduser(), data, report)
     if out is not None:
         write_report(result, out / "report.html", title="Evaluation", facts={"model": str(run), "data": data})
     for path, reason in report["unreadable"].items():

@@ -38,7 +38,8 @@ def test_the_run_holds_all_that_later_verbs_need(trained):
         "split.json",
         "logs",
     }
-    assert names == expected
+    # Another test may have evaluated it.
+    assert names - {"evaluation.json"} == expected
     manifest = Run.open(trained).manifest()
     assert (manifest.status, manifest.model, manifest.image_size) == ("finished", "stfpm", (64, 64))
     assert manifest.categories == ["connector", "fabric", "washer"]

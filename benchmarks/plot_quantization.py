@@ -17,6 +17,8 @@ ORDER = ["torch", "fp32", "fp16", "openvino-int8", "tensorrt-int8", "nncf-qat"]
 ROOM = 0.05
 COLOURS = {"dataset": "#2f6fdd", "random-normal": "#e08a1e", "mixed": "#5aa469"}
 GREY = "#8a96a3"
+ENGINES = {"OpenVINO": "#2a9d9d", "ONNX Runtime": "#c9a0dc"}
+FLOATS = {"torch", "fp32", "fp16"}
 
 
 def main():
@@ -29,19 +31,21 @@ def main():
     lines = [json.loads(line) for line in options.results.read_text().splitlines() if line.strip()]
     methods = sorted({line["method"] for line in lines})
     figure, axes = plt.subplots(2, len(methods), figsize=(max(7, 5 * len(methods)), 7), squeeze=False, sharey="row")
-    lowest = []
+    values = []
     for column, method in enumerate(methods):
         mine = [line for line in lines if line["method"] == method]
-        lowest += accuracy(axes[0][column], [line for line in mine if line["kind"] == "accuracy"])
+        values += accuracy(axes[0][column], [line for line in mine if line["kind"] == "accuracy"])
         latency(axes[1][column], [x for x in mine if x["kind"] == "latency" and chosen(x, options)])
         axes[0][column].set_title(method.replace("_", " "))
-    if lowest:
+    if values:
         # The axes of a row are one: the lowest bar of all columns has to be seen.
-        axes[0][0].set_ylim(max(0.0, min(lowest) - ROOM), 1.0)
+        axes[0][0].set_ylim(max(0.0, min(values) - ROOM), min(1.0, max(values) + ROOM))
     axes[0][0].set_ylabel("mean image AUROC")
     axes[1][0].set_ylabel(f"median latency, ms ({options.threads} thread{'s' if options.threads > 1 else ''})")
-    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in COLOURS.values()]
-    figure.legend(handles, [f"calibrated: {name}" for name in COLOURS], loc="lower center", ncol=3, frameon=False)
+    used = {line.get("calibration") for line in lines if line.get("backend", "fp32") not in FLOATS}
+    named = {f"calibrated: {name}": colour for name, colour in COLOURS.items() if name in used} | ENGINES
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in named.values()]
+    figure.legend(handles, list(named), loc="lower center", ncol=len(named), frameon=False)
     figure.tight_layout(rect=(0, 0.04, 1, 1))
     options.picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(options.picture, dpi=130)
@@ -58,7 +62,7 @@ def accuracy(axis, lines):
         bars[line["backend"], line.get("calibration", "")].append(line["metrics"]["mean"]["image_auroc"])
     keys = sorted(bars, key=lambda key: (ORDER.index(key[0]) if key[0] in ORDER else len(ORDER), key[1]))
     values = [sum(bars[key]) / len(bars[key]) for key in keys]
-    calibrated = [key[1] if key[0] not in {"torch", "fp32", "fp16"} else "" for key in keys]
+    calibrated = [key[1] if key[0] not in FLOATS else "" for key in keys]
     axis.bar(range(len(keys)), values, color=[COLOURS.get(name, GREY) for name in calibrated])
     axis.set_xticks(range(len(keys)), [key[0] for key in keys], rotation=45, ha="right", fontsize=8)
     reference = bars.get(("torch", ""), values[:1])
@@ -79,7 +83,7 @@ def latency(axis, lines):
         [found[name]["median_ms"] - found[name]["p10_ms"] for name in names],
         [found[name]["p90_ms"] - found[name]["median_ms"] for name in names],
     ]
-    colours = ["#2f6fdd" if name.endswith("openvino") else GREY for name in names]
+    colours = [ENGINES["OpenVINO" if name.endswith("openvino") else "ONNX Runtime"] for name in names]
     axis.bar(range(len(names)), middle, yerr=spread, color=colours, error_kw={"linewidth": 0.8})
     axis.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=8)
     style(axis)

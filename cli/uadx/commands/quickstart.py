@@ -50,7 +50,7 @@ def quickstart(
             f"bundle     {out / 'bundle'}: {result.bundle.precision} for {result.bundle.target}, {size / 1e6:.1f} MB; "
             f"its scores differ from the quantized model's by {100 * agreement['score_l2']:.2g} %"
         )
-        image = Path(shown.path).relative_to(result.data)
+        image = Path(shown.path).relative_to(result.data.absolute())
         say(f"example    {image}: {describe(shown.score, shown.threshold)}: {shown.verdict} ({shown.engine}, without torch)")
     say("")
     say("next, on images of your own (CATEGORY/train/good, CATEGORY/test/good, CATEGORY/test/DEFECT):")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -50,7 +51,7 @@ def quickstart(
             f"bundle     {out / 'bundle'}: {result.bundle.precision} for {result.bundle.target}, {size / 1e6:.1f} MB; "
             f"its scores differ from the quantized model's by {100 * agreement['score_l2']:.2g} %"
         )
-        image = Path(shown.path).relative_to(result.data.absolute())
+        image = os.path.relpath(shown.path, result.data)
         say(f"example    {image}: {describe(shown.score, shown.threshold)}: {shown.verdict} ({shown.engine}, without torch)")
     say("")
     say("next, on images of your own (CATEGORY/train/good, CATEGORY/test/good, CATEGORY/test/DEFECT):")

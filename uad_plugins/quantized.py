@@ -80,7 +80,7 @@ class Quantized:
         folder: Where it lies.
 
     The folder holds ``quantized.json`` (manifest), ``thresholds.json`` and the model: ``model.onnx``, or ``model.xml`` with
-    ``model.bin``, or both.
+    ``model.bin``, or both; and ``evaluation.json`` once it has been evaluated.
     """
 
     folder: Path

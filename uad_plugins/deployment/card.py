@@ -157,7 +157,7 @@ def _measured(manifest: BundleManifest) -> list[tuple[str, ...]]:
 
 def _evaluated(evaluation: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Return the AUROC that the source was last measured at."""
-    named = {**evaluation.get("categories", {}), **({"mean": evaluation["mean"]} if evaluation else {})}
+    named = {**evaluation.get("categories", {}), "mean": evaluation.get("mean", {})}
     return [
         (f"{name}: {metric.replace('_', ' ')}, evaluated", f"{values[metric]:.4f}")
         for name, values in named.items()

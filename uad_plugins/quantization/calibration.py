@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -66,19 +66,18 @@ class Calibration(Sequence[FloatArray]):
         """
         return normalise(resize_rgb(read_rgb(path), self.image_size)[None], self.mean, self.std)
 
-    def without(self, paths: Sequence[str], table: SampleTable) -> Calibration:
+    def without(self, odd: Mapping[str, str], root: Path) -> Calibration:
         """Return the same without some of its images, which are named in its record.
 
         Args:
-            paths: Images to leave out.
-            table: What they are from.
+            odd: Category of each image to leave out, by its path.
+            root: Of the data.
         """
-        odd = set(paths)
         kept = tuple(path for path in self.paths if path not in odd)
-        left_out = sorted(relative_to(path, table.root) for path in odd)
-        gone = Counter(sample.category for sample in table if sample.path in odd)
+        left_out = sorted(relative_to(path, root) for path in odd)
+        gone = Counter(odd.values())
         images = {name: count - gone[name] for name, count in self.record["images"].items()}
-        facts = {"samples": len(kept) + self.noise, "images": images, "left_out": left_out, **_seal(kept, table.root)}
+        facts = {"samples": len(kept) + self.noise, "images": images, "left_out": left_out, **_seal(kept, root)}
         return replace(self, paths=kept, record={**self.record, **facts})
 
     def held_out(self, table: SampleTable) -> Iterator[FloatArray]:

@@ -60,11 +60,13 @@ def without_outliers(core: nn.Module, calibration: Calibration, table: SampleTab
         return calibration
     images = (torch.from_numpy(calibration.image(path)) for path in calibration.paths)
     reaches = _reaches(core, torch.zeros(1, 3, *calibration.image_size), images)
-    odd = [calibration.paths[index] for index in outlying(reaches)]
-    category = {sample.path: sample.category for sample in table}
-    left_out = Counter(category[path] for path in odd)
+    found = {calibration.paths[index] for index in outlying(reaches)}
+    if not found:
+        return calibration
+    odd = {sample.path: sample.category for sample in table if sample.path in found}
+    share = Counter(odd.values())
     taken = calibration.record["images"]
-    return calibration.without([path for path in odd if 2 * left_out[category[path]] <= taken[category[path]]], table)
+    return calibration.without({path: name for path, name in odd.items() if 2 * share[name] <= taken[name]}, table.root)
 
 
 def outlying(reaches: NDArray[np.float64]) -> list[int]:

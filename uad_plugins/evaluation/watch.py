@@ -18,11 +18,10 @@ except ImportError:
     # Windows has no such locks; two watchers of one result are then not noticed.
     fcntl = None  # type: ignore[assignment]
 
-from uad_plugins.data.layouts.walking import is_folder
+from uad_plugins.data.layouts.walking import walk
 from uad_plugins.detector import BATCH_SIZE, Detector
 from uad_plugins.errors import UadxError, UsageError, unknown_name
 from uad_plugins.evaluation.predict import predict
-from uad_plugins.imaging import is_image
 
 RESULTS = "predictions.jsonl"
 MAPS = "maps"
@@ -146,33 +145,13 @@ class Watch:
         Raises:
             OSError: The folder itself cannot be read.
         """
-        own: list[tuple[str, str]] = [(str(folder), str(folder))]
-        linked: list[tuple[str, str]] = []
-        visited: set[str] = set()
-        while own or linked:
-            place, real = own.pop() if own else linked.pop()
-            if real in visited or _within(Path(real), maps):
-                continue
-            visited.add(real)
-            try:
-                with os.scandir(place) as entries:
-                    found = [(entry.name, is_folder(entry), entry.is_symlink()) for entry in entries]
-            except OSError as error:
-                if real == str(folder):
-                    raise
-                self._remark(place, f"{place}: left out, it cannot be read ({error.strerror})")
-                continue
+
+        def unreadable(place: str, error: OSError) -> None:
+            self._remark(place, f"{place}: left out, it cannot be read ({error.strerror})")
+
+        for place, found in walk(folder, unreadable, lambda real: not _within(Path(real), maps)):
             self._told.discard(place)
-            for name, leads_on, is_link in found:
-                path = os.path.join(place, name)  # noqa: PTH118
-                if name.startswith("."):
-                    continue
-                if leads_on and is_link:
-                    linked.append((path, os.path.realpath(path)))
-                elif leads_on:
-                    own.append((path, os.path.join(real, name)))  # noqa: PTH118
-                elif is_image(name):
-                    yield path
+            yield from found
 
     def _remark(self, about: str, text: str) -> None:
         """Say something of a folder once, until it could be read again."""

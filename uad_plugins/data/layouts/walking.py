@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -34,31 +34,52 @@ def images(root: Path) -> Iterator[str]:
     Raises:
         OSError: The folder itself cannot be read.
     """
+
+    def unreadable(_: str, error: OSError) -> None:
+        if not isinstance(error, PermissionError):
+            raise error
+
+    for _, found in walk(root, unreadable):
+        yield from found
+
+
+def walk(
+    root: Path, unreadable: Callable[[str, OSError], None], enter: Callable[[str], bool] = lambda _: True
+) -> Iterator[tuple[str, list[str]]]:
+    """Yield each folder from a root on with the image files that lie in it; hidden files and folders are left out.
+
+    Every folder is visited once, however many links lead to it, by its own name where it has one.
+
+    Args:
+        root: Where to begin.
+        unreadable: Called with a folder below that cannot be listed, which is left out, and why.
+        enter: Real path of a folder -> whether it is visited.
+
+    Raises:
+        OSError: The root itself cannot be listed.
+    """
     own = [(str(root), os.path.realpath(root))]
     linked: list[tuple[str, str]] = []
     visited: set[str] = set()
     while own or linked:
         place, real = own.pop() if own else linked.pop()
-        if real in visited:
+        if real in visited or not enter(real):
             continue
         visited.add(real)
         try:
-            listed = os.scandir(place)
-        except PermissionError:
+            with os.scandir(place) as listed:
+                entries = [(e.name, e.path, is_folder(e), e.is_symlink()) for e in listed if not e.name.startswith(".")]
+        except OSError as error:
             if place == str(root):
                 raise
+            unreadable(place, error)
             continue
-        with listed:
-            for entry in listed:
-                if entry.name.startswith("."):
-                    continue
-                if not is_folder(entry):
-                    if is_image(entry.name):
-                        yield entry.path
-                elif entry.is_symlink():
-                    linked.append((entry.path, os.path.realpath(entry.path)))
-                else:
-                    own.append((entry.path, os.path.join(real, entry.name)))  # noqa: PTH118
+        yield place, [path for name, path, leads_on, _ in entries if not leads_on and is_image(name)]
+        for name, path, leads_on, is_link in entries:
+            if leads_on and is_link:
+                linked.append((path, os.path.realpath(path)))
+            elif leads_on:
+                own.append((path, os.path.join(real, name)))  # noqa: PTH118
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:

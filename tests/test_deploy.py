@@ -91,9 +91,10 @@ def test_a_bundle_says_what_its_source_was_last_measured_at(trained, bundle, pro
     assert not (bundle / "evaluation.json").exists()
     manifest = deploy(Order(run, tmp_path / "a", "onnx", pictures=False))
     assert manifest.metrics["evaluation"] == {
-        "data": str(products),
+        "data": products.name,
         **{name: report[name] for name in ("categories", "mean", "pooled")},
     }
+    assert str(products) not in (tmp_path / "a" / "bundle.json").read_text()
     card = (tmp_path / "a" / "README.md").read_text()
     assert f"| mean: image auroc, evaluated | {report['mean']['image_auroc']:.4f} |" in card
     assert f"| washer: pixel auroc, evaluated | {report['categories']['washer']['pixel_auroc']:.4f} |" in card

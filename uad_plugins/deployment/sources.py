@@ -180,8 +180,9 @@ def _training(run: Run) -> dict[str, Any]:
 
 
 def _evaluation(folder: Path) -> dict[str, Any]:
+    """Return what the source was last measured at; a bundle names the data, and says nothing of where it lies."""
     measured = kept(folder)
-    return {"evaluation": measured} if measured else {}
+    return {"evaluation": {**measured, "data": Path(measured["data"]).name}} if measured else {}
 
 
 def _weights(source: Mapping[str, Any], run: Run | None) -> dict[str, Any]:

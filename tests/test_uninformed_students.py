@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from uad_plugins.models.uninformed_students.grids import Grid, grid_of_step
 from uad_plugins.models.uninformed_students.networks import (
     PatchNetwork,
     dense_max_pool,
@@ -58,10 +59,42 @@ def test_every_grid_of_pixels_sees_the_border_as_the_dense_evaluation_does(patch
     # A student trained on patches whose border looks otherwise finds every border anomalous.
     made, image = network(patch_size), torch.rand(1, 3, 68, 72)
     with torch.no_grad():
-        every = made.dense(image, 1)
+        every = made.dense(image, Grid(1))
         for down, right in [(0, 0), (0, 3), (2, 1), (3, 3)]:
-            found = made.dense(image, 4, (down, right))
+            found = made.dense(image, Grid(4, (down, right)))
             assert torch.allclose(found, every[..., down::4, right::4], atol=1e-5)
+
+
+@pytest.mark.parametrize("patch_size", PATCH_SIZES)
+def test_a_window_of_a_grid_has_the_descriptors_that_the_whole_has_there(patch_size):
+    made, image = network(patch_size), torch.rand(1, 3, 68, 72)
+    with torch.no_grad():
+        every = made.dense(image)
+        for top, left, height, width in [(0, 0, 68, 72), (0, 0, 9, 5), (59, 67, 9, 5), (30, 20, 8, 8)]:
+            found = made.dense(image, Grid(window=(top, left, height, width)))
+            assert torch.allclose(found, every[..., top : top + height, left : left + width], atol=1e-5)
+        found = made.dense(image, Grid(4, (3, 1), (5, 10, 4, 8)))
+        assert torch.allclose(found, every[..., 3::4, 1::4][..., 5:9, 10:18], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "side", "steps"),
+    [((64, 64), 1, 16, 16), ((64, 48), 4, 16, 192), ((50, 37), 2, 20, 24), ((32, 32), 1, 99, 1)],
+)
+def test_in_turn_the_steps_of_a_training_reach_every_pixel(size, stride, side, steps):
+    reached = torch.zeros(size[0] + stride, size[1] + stride)
+    for step in range(1000, 1000 + steps):
+        grid = grid_of_step(step, size, stride, side)
+        (down, right), (top, left, height, width) = grid.offset, grid.window
+        assert top + height <= grid.shape(size)[0] and left + width <= grid.shape(size)[1]
+        assert max(height, width) <= -(-side // stride)
+        reached[down::stride, right::stride][top : top + height, left : left + width] += 1
+    reached = reached[: size[0], : size[1]]
+    assert reached.min() >= 1
+    # Where windows fit the image, each pixel exactly as often.
+    if side in (16, 99):
+        assert reached.max() == 1
+    assert grid_of_step(1000, size, stride, side) == grid_of_step(1000 + steps, size, stride, side)
 
 
 @pytest.mark.parametrize("stride", [1, 2, 4, 8])
@@ -93,7 +126,7 @@ def test_an_output_stride_leaves_out_outputs_and_changes_none(patch_size):
         every = made.dense(image)
         for stride in (2, 4, 8):
             offset = (stride - 1) // 2
-            assert torch.allclose(made.dense(image, stride), every[..., offset::stride, offset::stride], atol=1e-5)
+            assert torch.allclose(made.dense(image, Grid(stride)), every[..., offset::stride, offset::stride], atol=1e-5)
 
 
 @pytest.mark.parametrize("patch_size", PATCH_SIZES)
@@ -193,8 +226,8 @@ def test_the_losses_alone_are_those_of_the_deviations():
     made, images = model(categories=2), torch.randn(2, 3, 64, 64)
     category = torch.tensor([1, 0])
     with torch.no_grad():
-        for stride in (None, 2):
-            assert torch.equal(made.losses(images, category, stride), made.deviations(images, category, stride).losses)
+        for grid in (None, Grid(2)):
+            assert torch.equal(made.losses(images, category, grid), made.deviations(images, category, grid).losses)
 
 
 @pytest.mark.parametrize("stride", [2, 4, 8])

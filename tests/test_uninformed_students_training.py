@@ -173,9 +173,10 @@ def test_statistics_of_descriptors_do_not_depend_on_the_sampling(students, produ
             assert torch.allclose(getattr(two.model.model, name), getattr(one.model.model, name), rtol=1e-5)
 
 
-def test_training_at_an_output_stride_of_its_own_reaches_every_pixel(monkeypatch):
+def test_training_at_an_output_stride_and_window_of_its_own_reaches_every_pixel(monkeypatch):
     torch.manual_seed(0)
-    model = UninformedStudents(weights="bundled", **{**OPTIONS, "train_stride": 4, "patch_sizes": [17]})
+    options = {**OPTIONS, "train_stride": 2, "train_window": 32, "patch_sizes": [17]}
+    model = UninformedStudents(weights="bundled", **options)
     model.model.feature_std.fill_(1.0)
     model.log = lambda *_, **__: None
     seen = []
@@ -188,7 +189,9 @@ def test_training_at_an_output_stride_of_its_own_reaches_every_pixel(monkeypatch
     for _ in range(16):
         loss = model.training_step(batch)["loss"]
     assert torch.isfinite(loss)
-    assert set(seen) == {(down, right) for down in range(4) for right in range(4)}
+    assert {(grid.stride, *grid.offset, *grid.window) for grid in seen} == {
+        (2, down, right, top, left, 16, 16) for down in range(2) for right in range(2) for top in (0, 16) for left in (0, 16)
+    }
 
 
 def test_the_held_out_loss_of_an_image_is_its_training_loss(students):

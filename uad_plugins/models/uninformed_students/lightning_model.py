@@ -19,6 +19,7 @@ from uad_plugins.config import OptimizerConfig
 from uad_plugins.errors import UadxError
 from uad_plugins.models.backbones import BUNDLED, BUNDLED_ARCHITECTURE, CHECKPOINT, HUB, require_architecture
 from uad_plugins.models.recipe import DistillationRecipe, Observe
+from uad_plugins.models.uninformed_students.grids import grid_of_step
 from uad_plugins.models.uninformed_students.networks import DIMENSIONS, PatchNetwork, patch_networks
 from uad_plugins.models.uninformed_students.options import BY_CATEGORY, GLOBAL, UninformedStudentsOptions
 from uad_plugins.models.uninformed_students.passes import batches, flattened
@@ -55,6 +56,7 @@ class UninformedStudents(DistillationRecipe, AnomalibModule):
         stride: Output stride of the dense evaluation: 1, 2, 4 or 8.
         train_stride: Output stride while training; the offset changes with each batch, so that every
             pixel is trained on. None: ``stride``.
+        train_window: Side of the square of pixels that a batch is trained on, another one for each. None: the whole image.
         statistics: ``global``, or ``category`` for statistics of each category.
         teacher: How teachers are distilled; see ``TeacherRecipe``.
         categories: Names of the categories whose statistics a checkpoint holds; not to be given otherwise.
@@ -79,6 +81,7 @@ class UninformedStudents(DistillationRecipe, AnomalibModule):
         width: float = 1.0,
         stride: int = 1,
         train_stride: int | None = None,
+        train_window: int | None = None,
         statistics: str = GLOBAL,
         teacher: Mapping[str, Any] | None = None,
         categories: Sequence[str] | None = None,
@@ -95,6 +98,7 @@ class UninformedStudents(DistillationRecipe, AnomalibModule):
                 "width": width,
                 "stride": stride,
                 "train_stride": train_stride,
+                "train_window": train_window,
                 "statistics": statistics,
                 "teacher": dict(teacher or {}),
             }
@@ -104,7 +108,7 @@ class UninformedStudents(DistillationRecipe, AnomalibModule):
             pre_processor=pre_processor, post_processor=post_processor, evaluator=evaluator, visualizer=visualizer
         )
         self.patch_sizes, self.width = list(patch_sizes), width
-        self.train_stride = train_stride or stride
+        self.train_stride, self.train_window = train_stride or stride, train_window
         self.statistics = statistics
         self.categories = list(categories or [])
         self.teacher_recipe = options.teacher
@@ -320,10 +324,9 @@ class UninformedStudents(DistillationRecipe, AnomalibModule):
         """Return the loss of a batch."""
         del args, kwargs
         images = batch.image
-        # Another grid of pixels each time: 5 has no factor in common with the number of grids. It depends on the step alone,
-        # so that a resumed training goes on as an unbroken one.
-        offset = divmod(self.global_step * 5 % self.train_stride**2, self.train_stride)
-        loss = self.model.losses(images, self._category_of(batch), self.train_stride, offset).mean()
+        size = (int(images.shape[-2]), int(images.shape[-1]))
+        grid = grid_of_step(self.global_step, size, self.train_stride, self.train_window)
+        loss = self.model.losses(images, self._category_of(batch), grid).mean()
         self.log("train_loss", loss.detach(), on_epoch=True, prog_bar=True, batch_size=len(images))
         return {"loss": loss}
 

@@ -16,14 +16,13 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from uad_plugins.models.uninformed_students.grids import STRIDES, Grid
+
 SLOPE = 5e-3
 """Negative slope of every LeakyReLU."""
 
 DIMENSIONS = 128
 """Length of a descriptor."""
-
-STRIDES = (1, 2, 4, 8)
-"""Output strides."""
 
 Layer = tuple[Literal["conv"], int, int] | tuple[Literal["pool"]]
 
@@ -98,30 +97,6 @@ def receptive_field(patch_size: int) -> int:
     return field
 
 
-def pad_for(patch_size: int, stride: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Return the padding after which the dense network has ``ceil(size / stride)`` outputs.
-
-    Output ``i`` belongs to the patch centred on pixel ``i * stride + (stride - 1) // 2``, so that enlarging the outputs by
-    the stride, and cutting what is more than the input, shifts them by half a pixel at most.
-
-    Args:
-        patch_size: 17, 33 or 65.
-        stride: Output stride.
-        size: ``(height, width)`` of the input.
-
-    Returns:
-        ``(left, right, top, bottom)``; negative values crop.
-    """
-    before = patch_size // 2 - (stride - 1) // 2
-    field = receptive_field(patch_size)
-
-    def after(length: int) -> int:
-        outputs = -(-length // stride)
-        return (outputs - 1) * stride + field - length - before
-
-    return (before, after(size[1]), before, after(size[0]))
-
-
 class PatchNetwork(nn.Module):
     """One patch network, or several with the same layers that see the same patches and are computed together.
 
@@ -174,23 +149,16 @@ class PatchNetwork(nn.Module):
                 x = F.leaky_relu(x, SLOPE)
         return x.flatten(1).unflatten(1, (self.copies, DIMENSIONS))
 
-    def dense(self, images: torch.Tensor, stride: int | None = None, offset: tuple[int, int] | None = None) -> torch.Tensor:
-        """Return the descriptor of the patch around every ``stride``-th pixel; beyond the border images are mirrored.
+    def dense(self, images: torch.Tensor, grid: Grid | None = None) -> torch.Tensor:
+        """Return the descriptor of the patch around every pixel of a grid; beyond the border images are mirrored.
 
         Args:
             images: float32 ``(B, 3, H, W)``; ``H`` and ``W`` larger than half a patch.
-            stride: Other than the network's own.
-            offset: Row and column of the first pixel, each below the stride: another grid of pixels, whose patches see the
-                border as those of the usual grid do. None: the pixel in the middle, ``(stride - 1) // 2``.
+            grid: None: the one of the network's stride.
         """
-        stride = stride or self.stride
-        size = (int(images.shape[-2]), int(images.shape[-1]))
-        pad = pad_for(self.patch_size, stride, size)
-        if offset is not None:
-            down, right = (first - (stride - 1) // 2 for first in offset)
-            pad = (pad[0] - right, pad[1] + right, pad[2] - down, pad[3] + down)
-        x = mirror_pad(images, pad)
-        for convolution, step in zip(self._layers, dense_plan(self.patch_size, stride), strict=True):
+        grid = grid or Grid(self.stride)
+        x = grid.crop(images, self.patch_size, receptive_field(self.patch_size))
+        for convolution, step in zip(self._layers, dense_plan(self.patch_size, grid.stride), strict=True):
             if step.pool == "stride":
                 x = F.max_pool2d(x, 2)
             elif step.pool == "dense":
@@ -210,15 +178,6 @@ class PatchNetwork(nn.Module):
     def take(self, source: PatchNetwork) -> None:
         """Take the weights of another network of the same shape."""
         self.load_state_dict(source.state_dict())
-
-
-def mirror_pad(images: torch.Tensor, pad: tuple[int, int, int, int]) -> torch.Tensor:
-    """Pad ``(left, right, top, bottom)`` by mirroring; negative values crop."""
-    left, right, top, bottom = pad
-    grown = F.pad(images, tuple(max(0, side) for side in pad), mode="reflect")
-    rows = slice(max(0, -top), grown.shape[-2] - max(0, -bottom))
-    columns = slice(max(0, -left), grown.shape[-1] - max(0, -right))
-    return grown[..., rows, columns]
 
 
 def dense_max_pool(x: torch.Tensor, dilation: int) -> torch.Tensor:

@@ -53,6 +53,9 @@ class UninformedStudentsOptions(BaseModel):
     width: float = Field(1.0, gt=0, le=4, description="Channels of the hidden layers as a share of the paper's.")
     stride: Stride = Field(1, description="A descriptor for every n-th pixel; 1 is the paper's.")
     train_stride: Stride | None = Field(None, description="The same while training; null: as stride.")
+    train_window: int | None = Field(
+        None, ge=8, description="Side in pixels of the square that a batch is trained on; null: the whole image."
+    )
     statistics: Literal["global", "category"] = Field(GLOBAL, description="Statistics over all, or of each category.")
     teacher: TeacherRecipe = Field(default_factory=TeacherRecipe, description="How teachers are distilled.")
 

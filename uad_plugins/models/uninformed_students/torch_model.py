@@ -10,6 +10,7 @@ from anomalib.data import InferenceBatch
 from torch import nn
 from torch.nn import functional as F
 
+from uad_plugins.models.uninformed_students.grids import Grid
 from uad_plugins.models.uninformed_students.networks import DIMENSIONS, PatchNetwork, patch_networks
 
 
@@ -86,50 +87,35 @@ class UninformedStudentsModel(nn.Module):
         """Return one scale's statistics ``(K, n)`` as ``(B or 1, n)``, each image's category's where there are any."""
         return statistics[:1] if category is None else statistics[category]
 
-    def targets(
-        self, images: torch.Tensor, stride: int | None = None, offset: tuple[int, int] | None = None
-    ) -> list[torch.Tensor]:
+    def targets(self, images: torch.Tensor, grid: Grid | None = None) -> list[torch.Tensor]:
         """Return the teachers' descriptors of each scale, float32 ``(B, 1, 128, h, w)``."""
         with torch.no_grad():
-            return [teacher.dense(images, stride, offset) for teacher in patch_networks(self.teachers)]
+            return [teacher.dense(images, grid) for teacher in patch_networks(self.teachers)]
 
     def _compared(
-        self, images: torch.Tensor, category: torch.Tensor | None, stride: int | None, offset: tuple[int, int] | None
+        self, images: torch.Tensor, category: torch.Tensor | None, grid: Grid | None
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield for each scale the students' descriptors ``(B, M, 128, h, w)`` and the normalised ones of the teacher."""
-        scales = zip(self.targets(images, stride, offset), patch_networks(self.students), strict=True)
+        scales = zip(self.targets(images, grid), patch_networks(self.students), strict=True)
         for scale, (target, student) in enumerate(scales):
             mean = self.row(self.feature_mean[scale], category)[:, None, :, None, None]
             std = self.row(self.feature_std[scale], category)[:, None, :, None, None]
-            yield student.dense(images, stride, offset), (target - mean) / std
+            yield student.dense(images, grid), (target - mean) / std
 
-    def losses(
-        self,
-        images: torch.Tensor,
-        category: torch.Tensor | None = None,
-        stride: int | None = None,
-        offset: tuple[int, int] | None = None,
-    ) -> torch.Tensor:
+    def losses(self, images: torch.Tensor, category: torch.Tensor | None = None, grid: Grid | None = None) -> torch.Tensor:
         """Return the losses of ``deviations`` alone: all that training needs."""
-        return total(regression_loss(*pair) for pair in self._compared(images, category, stride, offset))
+        return total(regression_loss(*pair) for pair in self._compared(images, category, grid))
 
-    def deviations(
-        self,
-        images: torch.Tensor,
-        category: torch.Tensor | None = None,
-        stride: int | None = None,
-        offset: tuple[int, int] | None = None,
-    ) -> Deviations:
+    def deviations(self, images: torch.Tensor, category: torch.Tensor | None = None, grid: Grid | None = None) -> Deviations:
         """Compare students and teachers.
 
         Args:
             images: float32 ``(B, 3, H, W)``, normalised.
             category: int64 ``(B,)``, row of the statistics; only where they are by category.
-            stride: Output stride, other than the model's own.
-            offset: First pixel of the grid; see ``PatchNetwork.dense``.
+            grid: Pixels that are compared; None: those of the model's stride.
         """
         losses, errors, variances = [], [], []
-        for predicted, wanted in self._compared(images, category, stride, offset):
+        for predicted, wanted in self._compared(images, category, grid):
             losses.append(regression_loss(predicted, wanted))
             centre = predicted.mean(dim=1, keepdim=True)
             errors.append((centre - wanted).square().sum(dim=2)[:, 0])

@@ -7,7 +7,7 @@ same process in turn (one image each, over and over), so that what else the mach
 says too what OpenVINO executed: the precision of the convolutions, and the share of time by type of layer.
 
 ``--isa AVX512_CORE`` measures the latency once more in a process whose OpenVINO takes newer instructions (VNNI, AMX) for
-absent; ONNX Runtime does not ask. ``--extra`` adds rows of quantization-aware training (see ``EXTRA``).
+absent; ONNX Runtime does not ask. ``--extra`` adds rows of quantization-aware training and of wider noise (see ``EXTRA``).
 """
 
 import argparse
@@ -53,6 +53,7 @@ class Row:
         calibration: Its source.
         options: Of the backend.
         source: Name of the row whose result is exported; empty for the run itself.
+        noise_std: Standard deviation of noise that calibrates.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Row:
     calibration: str
     options: dict = field(default_factory=dict)
     source: str = ""
+    noise_std: float = 1.0
 
     @property
     def folder(self):
@@ -71,6 +73,8 @@ EXTRA = [
     Row("qat-tensorrt", "nncf-qat", "dataset", {"profile": "tensorrt"}),
     Row("qat-tensorrt-exported", "tensorrt-int8", "dataset", source="qat-tensorrt"),
     Row("qat-random-normal", "nncf-qat", "random-normal"),
+    Row("openvino-wide-noise", "openvino-int8", "random-normal", noise_std=2.0),
+    Row("tensorrt-wide-noise", "tensorrt-int8", "random-normal", noise_std=2.0),
 ]
 
 
@@ -185,7 +189,7 @@ def measure(options, run, row, table):
                 (trained,) = (other for other in EXTRA if other.name == row.source)
                 given["source"] = str(folder_of(options, run, trained))
             begun = (folder / "quantized.json").is_file() and Quantized(folder).manifest().status == "quantizing"
-            order = Order(run, folder, row.backend, row.calibration, options.samples, options=given)
+            order = Order(run, folder, row.backend, row.calibration, options.samples, options=given, noise_std=row.noise_std)
             quantize(replace(order, resume=begun, overwrite=not begun))
     except UadxError as error:
         write(options.out, key, "rejected", **facts, reason=str(error))

@@ -12,7 +12,7 @@ from nncf.torch.function_hook.hook_storage import decode_hook_name
 
 from uad_plugins.data.layouts import scan
 from uad_plugins.data.samples import hold_out
-from uad_plugins.errors import UadxError
+from uad_plugins.errors import UadxError, UsageError
 from uad_plugins.hookspecs import QuantizationRequest
 from uad_plugins.quantization import torch_quantization
 from uad_plugins.quantization.calibration import SOURCES, calibrate
@@ -78,6 +78,29 @@ def test_noise_is_standard_normal(table):
     values = np.concatenate([item.ravel() for item in calibration(table, "random-normal", samples=20)])
     assert abs(values.mean()) < 0.01
     assert abs(values.std() - 1) < 0.01
+
+
+def test_noise_may_reach_further(table):
+    plain, wide = (calibration(table, "random-normal", samples=4, **options) for options in ({}, {"noise_std": 3.0}))
+    assert (plain.record["noise_std"], wide.record["noise_std"]) == (1.0, 3.0)
+    assert all(np.allclose(3 * one, other, rtol=1e-6) for one, other in zip(plain, wide, strict=True))
+    mixed = calibration(table, "mixed", samples=6, noise_std=3.0)
+    assert np.array_equal(mixed[1], wide[0]) and np.array_equal(mixed[0], calibration(table, "mixed", samples=6)[0])
+    assert calibration(table, "dataset", samples=4).record["noise_std"] is None
+
+
+@pytest.mark.parametrize(
+    ("source", "deviation", "message"),
+    [
+        ("random-normal", 0.0, "--noise-std 0 makes no sense"),
+        ("mixed", float("nan"), "--noise-std nan makes no sense"),
+        ("random-normal", float("inf"), "--noise-std inf makes no sense"),
+        ("dataset", 2.0, "--calibration dataset has none"),
+    ],
+)
+def test_a_deviation_that_is_none_is_refused(table, source, deviation, message):
+    with pytest.raises(UsageError, match=message):
+        calibration(table, source, samples=4, noise_std=deviation)
 
 
 def test_noise_means_the_same_with_the_normalisation_in_the_graph(table, tmp_path):

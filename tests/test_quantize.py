@@ -123,17 +123,21 @@ def test_a_backend_that_writes_no_model_is_told_so(files, complaint, small, tmp_
         (
             "openvino-int8",
             {"bias_correction": "fast"},
-            "--calibration dataset, --set bias_correction=full, --set overflow_fix=enable, --max-drop 0.005, "
+            "--calibration dataset, --noise-std 2, --set bias_correction=full, --set overflow_fix=enable, --max-drop 0.005, "
             "--backend nncf-qat",
         ),
         ("openvino-int8", {"bias_correction": "full", "max_drop": 0.1, "overflow_fix": "enable"}, "--backend nncf-qat"),
-        ("tensorrt-int8", {}, "--calibration dataset, --backend nncf-qat --set profile=tensorrt"),
+        ("tensorrt-int8", {}, "--calibration dataset, --noise-std 2, --backend nncf-qat --set profile=tensorrt"),
         (
             "tensorrt-int8",
             {"bias_correction": "fast"},
-            "--calibration dataset, --set bias_correction=full, --backend nncf-qat --set profile=tensorrt",
+            "--calibration dataset, --noise-std 2, --set bias_correction=full, --backend nncf-qat --set profile=tensorrt",
         ),
-        ("nncf-qat", {"epochs": 1, "accelerator": "cpu"}, "--calibration dataset, nncf-qat with a lower --set lr"),
+        (
+            "nncf-qat",
+            {"epochs": 1, "accelerator": "cpu"},
+            "--calibration dataset, --noise-std 2, nncf-qat with a lower --set lr",
+        ),
         ("fp16", {}, "--backend fp32"),
     ],
 )

@@ -1,5 +1,8 @@
 """Exported graphs of every method: they keep the rules of each profile, and compute what the quantizers do."""
 
+import os
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
@@ -167,3 +170,12 @@ def test_another_size_is_exported_for_that_size():
     model = to_onnx(core("stfpm"), (SIDE, 96))
     assert [dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim] == [1, 3, SIDE, 96]
     assert attribute(model.graph.node[0], "kernel_shape") == [7, 7]
+
+
+@pytest.mark.parametrize(("own", "expected"), [(None, "0"), ("90", "90")])
+def test_nncf_may_compile_for_longer_than_a_minute(own, expected):
+    name = "NNCF_EXTENSION_LOAD_TIMEOUT"
+    environment = {key: value for key, value in os.environ.items() if key != name} | ({name: own} if own else {})
+    script = f"import os, uad_plugins.quantization.torch_quantization; print(os.environ['{name}'])"
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [expected]

@@ -34,6 +34,7 @@ class Calibration(Sequence[FloatArray]):
         seed: Of the noise and of the choice of images.
         paths: Image files; empty where there are only random tensors.
         noise: Number of random tensors.
+        noise_std: Their standard deviation.
         record: What is written to the manifest.
     """
 
@@ -44,6 +45,7 @@ class Calibration(Sequence[FloatArray]):
     seed: int
     paths: tuple[str, ...] = ()
     noise: int = 0
+    noise_std: float = 1.0
     record: dict[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -88,7 +90,7 @@ class Calibration(Sequence[FloatArray]):
 
     def _noise(self, index: int) -> FloatArray:
         generator = np.random.default_rng([self.seed, index])
-        return generator.standard_normal((1, 3, *self.image_size), dtype=np.float32)
+        return generator.standard_normal((1, 3, *self.image_size), dtype=np.float32) * np.float32(self.noise_std)
 
     def in_image_space(self, index: int) -> FloatArray:
         """Return an item as a network with the normalisation inside its graph takes it: ``z * std + mean``.
@@ -110,6 +112,7 @@ def calibrate(
     mean: tuple[float, float, float],
     std: tuple[float, float, float],
     seed: int = 0,
+    noise_std: float = 1.0,
     needed: bool = True,
 ) -> Calibration:
     """Choose calibration data.
@@ -126,16 +129,21 @@ def calibrate(
         mean: Of the RGB channels of images in 0..1.
         std: The same.
         seed: Of the noise and of the choice of images.
+        noise_std: Standard deviation of the noise.
         needed: False for what takes none: no image is looked for.
 
     Raises:
-        UsageError: Unknown source, or fewer samples than categories.
+        UsageError: Unknown source, fewer samples than categories, or a deviation that is none or that nothing has.
         UadxError: A category has no readable normal training image.
     """
     if source not in SOURCES:
         raise unknown_name("calibration source", source, SOURCES)
     if samples < 1:
         raise UsageError(f"--samples {samples} makes no sense", "give at least 1")
+    if not 0 < noise_std < np.inf:
+        raise UsageError(f"--noise-std {noise_std:g} makes no sense", "give a number above 0; 1 is standard normal")
+    if source == DATASET and noise_std != 1:
+        raise UsageError("--noise-std is of noise, and --calibration dataset has none", "leave it out")
     if not needed:
         source, samples = NONE, 0
     noise = {NONE: 0, DATASET: 0, RANDOM_NORMAL: samples, MIXED: samples // 2}[source]
@@ -145,6 +153,7 @@ def calibrate(
         "samples": len(paths) + noise,
         "asked": samples,
         "noise": noise,
+        "noise_std": noise_std if noise else None,
         "images": counts,
         "skipped": skipped,
         "left_out": [],
@@ -152,7 +161,7 @@ def calibrate(
         "seed": seed,
         "shape": [1, 3, *image_size],
     }
-    return Calibration(source, image_size, mean, std, seed, tuple(paths), noise, record)  # type: ignore[arg-type]
+    return Calibration(source, image_size, mean, std, seed, tuple(paths), noise, noise_std, record)  # type: ignore[arg-type]
 
 
 def _seal(paths: Sequence[str], root: Path) -> dict[str, str | None]:

@@ -37,6 +37,8 @@ from uad_plugins.training.run_folder import discard, locked
 REFEREE_IMAGES = 24
 SIZE_LIMIT = {"int8": 0.27, "fp16": 0.55, "fp32": 1.01}
 """Share of the FP32 file that a model file may take; more is said, and no reason to reject."""
+WIDEST_NOISE = 4.0
+"""Largest standard deviation of noise that is advised."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Order:
             split, the image AUROC of FP32 and of the result are compared.
         options: Of the backend, as given.
         seed: Of everything random.
+        noise_std: Standard deviation of the noise that calibrates.
         resume: Continue what a killed call has begun.
         overwrite: Replace what is there.
     """
@@ -65,6 +68,7 @@ class Order:
     data: str | None = None
     options: Mapping[str, Any] | None = None
     seed: int = 0
+    noise_std: float = 1.0
     resume: bool = False
     overwrite: bool = False
 
@@ -111,6 +115,7 @@ def quantize(order: Order, tell: Callable[[str], None] = lambda _: None) -> Quan
             mean=facts.mean,
             std=facts.std,
             seed=order.seed,
+            noise_std=order.noise_std,
             needed=plugin.calibrated if isinstance(plugin.calibrated, bool) else plugin.calibrated(options),
         )
         judged_on = held_out(table, reference.categories, REFEREE_IMAGES)
@@ -366,6 +371,8 @@ def _advice(manifest: QuantizedManifest) -> str:
     options, trainable = manifest.options, "qat" in model_plugin(manifest.model).supports
     if manifest.precision == "int8" and manifest.calibration["source"] != "dataset":
         tries.append("--calibration dataset")
+        wider = 2 * manifest.calibration["noise_std"]
+        tries += [f"--noise-std {wider:g}"] if wider <= WIDEST_NOISE else []
     if options.get("bias_correction") == "fast" and not options.get("source"):
         tries.append("--set bias_correction=full")
     if manifest.backend == "openvino-int8":

@@ -11,6 +11,7 @@ Two profiles, because OpenVINO and TensorRT want different graphs:
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -40,6 +41,9 @@ BIAS_SAMPLES = 32
 """Calibration samples that biases are corrected with; products take turns among them."""
 CHECKPOINT = "quantized.ckpt"
 """Weights and quantizers of a trained result."""
+
+# NNCF compiles its quantizers when they are first used, and gives up after a minute: a slow or busy machine takes longer.
+os.environ.setdefault("NNCF_EXTENSION_LOAD_TIMEOUT", "0")
 
 
 def hooks(model: nn.Module) -> list[tuple[str, SymmetricQuantizer]]:

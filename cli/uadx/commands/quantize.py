@@ -21,6 +21,9 @@ def quantize(
         str, typer.Option("--calibration", help="dataset (training images), random-normal (noise) or mixed.")
     ] = "dataset",
     samples: Annotated[int, typer.Option("--samples", help="Calibration samples.")] = 300,
+    noise_std: Annotated[
+        float, typer.Option("--noise-std", help="Standard deviation of the noise of random-normal and mixed.")
+    ] = 1.0,
     data: Annotated[
         str | None,
         typer.Option(
@@ -63,6 +66,7 @@ def quantize(
         data=data,
         options=options,
         seed=seed,
+        noise_std=noise_std,
         resume=resume,
         overwrite=overwrite,
     )

@@ -46,6 +46,6 @@ def small_run(data: Path, out: Path, over: dict[str, Any] | None = None, **optio
     return metrics
 
 
-def small_datamodule(root: Path) -> UnifiedDataModule:
+def small_datamodule(root: Path, **options: Any) -> UnifiedDataModule:
     """The data of a training with ``OVER``."""
-    return UnifiedDataModule(str(root), image_size=64, val_fraction=0.3, num_workers=0)
+    return UnifiedDataModule(str(root), image_size=64, val_fraction=0.3, num_workers=0, **options)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from uad_plugins.models.uninformed_students import distillation
 from uad_plugins.models.uninformed_students.distillation import (
     LossWeights,
     compactness_loss,
@@ -69,3 +70,34 @@ def test_the_total_is_the_weighted_sum():
         for weights in [(1, 0, 1), (0, 2, 0), (0.5, 1, 3)]:
             found = total_loss(teacher, decoder, (patches, twins), target, LossWeights(*weights))
             assert found == pytest.approx(float(sum(w * part for w, part in zip(weights, parts, strict=True))), rel=1e-5)
+
+
+def test_the_target_is_standardised_by_dimension(tmp_path, monkeypatch):
+    """The weights of the losses mean the same for every pretrained network."""
+    seen = []
+
+    def watched(teacher, decoder, batch, target, weights):
+        seen.append(target)
+        return total_loss(teacher, decoder, batch, target, weights)
+
+    monkeypatch.setattr(distillation, "total_loss", watched)
+    scales = torch.tensor([0.01, 1.0, 300.0])
+
+    def batches(step):
+        return torch.randn(16, 3, 17, 17, generator=torch.Generator().manual_seed(step)), None
+
+    distillation.distil(
+        17,
+        1 / 16,
+        lambda patches: (patches[:, :, 0, 0] + 5) * scales,
+        batches,
+        steps=16,
+        lr=1e-4,
+        weight_decay=0.0,
+        weights=LossWeights(),
+        seed=0,
+        checkpoint=tmp_path / "checkpoint",
+    )
+    found = torch.cat(seen)
+    assert torch.allclose(found.mean(dim=0), torch.zeros(3), atol=1e-3)
+    assert torch.allclose(found.std(dim=0), torch.ones(3), rtol=1e-3)

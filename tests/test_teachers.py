@@ -183,6 +183,64 @@ def test_patches_of_one_scale_do_not_depend_on_those_of_another(tmp_path, pictur
             assert torch.equal(mine, other)
 
 
+def test_twins_are_shifted_and_changed_in_intensity(tmp_path):
+    image = np.random.default_rng(0).integers(20, 200, (60, 50, 3)).astype(np.uint8)
+    Image.fromarray(image).save(tmp_path / "0.png")
+    Image.fromarray(image[::-1].copy()).save(tmp_path / "1.png")
+    known = [image, image[::-1]]
+    first, twins = ((part.permute(0, 2, 3, 1).numpy() * patches.STD + patches.MEAN) * 255 for part in
+                    patches.from_folder(tmp_path).batches(17, 8, 0)(0))  # fmt: skip
+    shifts, factors = [], []
+    windows = [np.lib.stride_tricks.sliding_window_view(each, (17, 17, 3))[:, :, 0].astype(np.float32) for each in known]
+    for patch, twin in zip(first, twins, strict=True):
+        (place,) = [(i, *at) for i, of in enumerate(windows) for at in np.argwhere((np.abs(of - patch) < 1).all((2, 3, 4)))]
+        ratios = twin / windows[place[0]]
+        (moved,) = np.argwhere(ratios.std((2, 3, 4)) < 0.01)
+        factors.append(ratios[tuple(moved)].mean())
+        shifts.append(moved - place[1:])
+    assert np.abs(shifts).max() <= 17 // 8
+    assert len({tuple(shift) for shift in shifts}) > 3
+    assert 0.89 < min(factors) < 0.99
+    assert 1.01 < max(factors) < 1.11
+
+
+@pytest.mark.parametrize("images", [2, 3, 5, 7, 63, 64, 100])
+def test_negatives_are_of_other_images(images):
+    for seed in range(20):
+        chosen = patches.taking_turns(np.random.default_rng(seed), images, 64)
+        assert len(chosen) == 64 and chosen.max() < images
+        assert (chosen != np.roll(chosen, 1)).all()
+
+
+def test_the_metric_loss_needs_two_images(tmp_path, picture):
+    picture(tmp_path / "only.png", size=(50, 40))
+    source = patches.from_folder(tmp_path)
+    with pytest.raises(UadxError, match="a single image"):
+        source.batches(17, 4, 0)(0)
+    assert source.batches(17, 4, 0, twins=False)(0)[0].shape == (4, 3, 17, 17)
+
+
+def test_images_too_small_for_a_scale_are_found_before_another_is_distilled(tmp_path, picture, monkeypatch):
+    picture(tmp_path / "small" / "0.png", size=(20, 20))
+    (tmp_path / "small" / "1.png").write_bytes(b"no image")
+    monkeypatch.setattr(teachers, "cache_folder", lambda name: tmp_path / name)
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps(over(teacher=TEACHER)))
+    words = ["teacher", "distill", str(tmp_path / "small"), "--weights", "bundled", "--config", str(config)]
+    done = CliRunner().invoke(app, words)
+    assert isinstance(done.exception, UadxError)
+    assert "no image of at least 33x33 pixels (1 cannot be read)" in done.exception.message
+    assert not (tmp_path / "teachers").exists()
+
+
+def test_a_teacher_from_the_cache_names_the_images_given(pictures, target, tmp_path):
+    _, record = distil_again(tmp_path / "cache", target, patches.from_folder(pictures))
+    shutil.copytree(pictures, tmp_path / "copied")
+    _, again = distil_again(tmp_path / "cache", target, patches.from_folder(tmp_path / "copied"))
+    assert again.key == record.key
+    assert again.images == f"6 images in {tmp_path / 'copied'}"
+
+
 def test_without_twins_the_patches_are_the_same(pictures):
     source = patches.from_folder(pictures)
     without = source.batches(17, 4, 0, twins=False)(2)
@@ -210,7 +268,7 @@ def test_images_smaller_than_a_patch_are_left_out(tmp_path, picture):
     with pytest.raises(UadxError, match="no image of at least 33x33"):
         patches.from_folder(tmp_path).batches(33, 4, 0)(0)
     picture(tmp_path / "large.png", size=(50, 40))
-    assert patches.from_folder(tmp_path).batches(33, 4, 0)(0)[0].shape == (4, 3, 33, 33)
+    assert patches.from_folder(tmp_path).batches(33, 4, 0, twins=False)(0)[0].shape == (4, 3, 33, 33)
 
 
 def test_a_folder_without_images(tmp_path):
@@ -299,7 +357,7 @@ def test_teacher_distill_makes_what_a_training_with_the_same_configuration_looks
     words = ["--weights", "bundled", "--config", str(config)]
     done = CliRunner().invoke(app, ["teacher", "distill", str(pictures), *words])
     assert done.exit_code == 0, done.output
-    assert [line.split()[2] for line in done.stdout.splitlines() if line.startswith("teacher")] == ["17x17", "33x33"]
+    assert [line.split()[2] for line in done.stdout.splitlines() if line.startswith("teacher")] == ["33x33", "17x17"]
     monkeypatch.setattr(teachers, "distil", lambda *_, **__: pytest.fail("distilled again"))
     changes = ["data.image_size=64", "data.num_workers=0", "trainer.max_epochs=1", "trainer.accelerator=cpu"]
     words += ["--set", f"model.options.teacher.images={pictures}", *changes]
@@ -315,6 +373,10 @@ def test_teacher_distill_makes_what_a_training_with_the_same_configuration_looks
         (["--patch-size", "18"], "there is no such patch network"),
         (["--set", "step=4"], "--set step"),
         (["--set", "steps=none"], "--set steps"),
+        (["--set", "images=elsewhere"], "the images are the argument"),
+        (["--set", "knowledge=0", "--set", "compactness=0"], "must be above 0"),
+        (["--half"], "--half is of the file"),
+        *((["--width", width], "no share of the paper's channels") for width in ("0", "-1", "nan", "5")),
     ],
 )
 def test_teacher_distill_used_wrongly(pictures, words, message):

@@ -54,6 +54,20 @@ def test_the_networks_are_the_papers(patch_size, millions):
     assert not [m for m in made.modules() if isinstance(m, nn.Dropout | nn.BatchNorm2d)]
 
 
+def test_what_is_below_zero_leaks_by_half_a_percent():
+    made = PatchNetwork(17, 1, 1 / 16).eval()
+    with torch.no_grad():
+        for convolution in made.convolutions:
+            convolution.weight.zero_()
+            convolution.bias.zero_()
+            convolution.weight[:, 0, 0, 0] = 1
+        made.convolutions[0].bias.fill_(-1.0)
+        # Through three activations, and through no fourth: the last layer is linear.
+        expected = torch.full((1, 1, 128), -(0.005**3))
+        assert torch.allclose(made(torch.zeros(1, 3, 17, 17)), expected, rtol=1e-4)
+        assert torch.allclose(made.dense(torch.zeros(1, 3, 18, 18))[..., 9, 9], expected, rtol=1e-4)
+
+
 @pytest.mark.parametrize("patch_size", PATCH_SIZES)
 def test_every_grid_of_pixels_sees_the_border_as_the_dense_evaluation_does(patch_size):
     # A student trained on patches whose border looks otherwise finds every border anomalous.
@@ -95,6 +109,12 @@ def test_in_turn_the_steps_of_a_training_reach_every_pixel(size, stride, side, s
     if side in (16, 99):
         assert reached.max() == 1
     assert grid_of_step(1000, size, stride, side) == grid_of_step(1000 + steps, size, stride, side)
+
+
+@pytest.mark.parametrize(("stride", "side"), [(1, 64), (1, 32), (4, 64)])
+def test_a_few_steps_are_spread_over_the_image(stride, side):
+    places = [np.array(grid_of_step(step, (256, 256), stride, side).window[:2]) * stride for step in range(70)]
+    assert all((np.ptp(places[first : first + 6], axis=0) >= 96).all() for first in range(64))
 
 
 @pytest.mark.parametrize("stride", [1, 2, 4, 8])

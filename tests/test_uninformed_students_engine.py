@@ -93,6 +93,48 @@ def test_it_trains_on_loaders_without_a_datamodule(products, tmp_path, validated
         assert "normal training images" in model.teacher_records[0]["images"]
 
 
+def engine(folder):
+    from anomalib.engine import Engine
+
+    return Engine(default_root_dir=folder, max_epochs=1, accelerator="cpu", devices=1, logger=False)
+
+
+def small_model(**options):
+    processor = UninformedStudents.configure_pre_processor((64, 64))
+    settings = {**OPTIONS, "patch_sizes": [17], **options}
+    return UninformedStudents(weights="bundled", **settings, pre_processor=processor, visualizer=False)
+
+
+@pytest.mark.parametrize("statistics", ["global", "category"])
+def test_trained_again_on_other_products_it_takes_their_statistics(products, tmp_path, statistics):
+    again, fresh = small_model(statistics=statistics), small_model(statistics=statistics)
+    first, *others = small_datamodule(products).index().categories
+    engine(tmp_path / "a").fit(again, datamodule=small_datamodule(products, categories=[first]))
+    fresh.model.teachers.load_state_dict(again.model.teachers.state_dict())
+    fresh._missing = []
+    for model in (again, fresh):
+        engine(tmp_path / "b").fit(model, datamodule=small_datamodule(products, categories=others))
+    assert again.categories == ([] if statistics == "global" else sorted(others))
+    assert torch.allclose(again.model.feature_mean, fresh.model.feature_mean, rtol=1e-4)
+    assert torch.allclose(again.model.feature_std, fresh.model.feature_std, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument")
+def test_statistics_by_category_need_the_category_of_an_image(products, tmp_path):
+    model = small_model(statistics="category")
+    trainer = engine(tmp_path)
+    trainer.fit(model, datamodule=small_datamodule(products))
+    with pytest.raises(UadxError, match="images whose category is not known"):
+        trainer.predict(model, data_path=next((products / "washer" / "test" / "good").iterdir()))
+
+
+def test_images_smaller_than_a_patch_are_refused_before_a_teacher_is_distilled(products, tmp_path, monkeypatch):
+    model = small_model(patch_sizes=[17, 65])
+    monkeypatch.setattr(model, "_distil", lambda: pytest.fail("distilled"))
+    with pytest.raises(UadxError, match="patches of 65x65 pixels are larger than images of 64"):
+        engine(tmp_path).fit(model, datamodule=small_datamodule(products))
+
+
 def test_training_images_whose_files_are_not_known(tmp_path):
     from lightning.pytorch import Trainer
 

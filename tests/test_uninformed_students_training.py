@@ -24,6 +24,8 @@ from uad_plugins.evaluation.evaluate import evaluate
 from uad_plugins.evaluation.predict import predict
 from uad_plugins.models import UninformedStudents
 from uad_plugins.models.uninformed_students import teachers
+from uad_plugins.models.uninformed_students.networks import PatchNetwork, multiply_accumulates
+from uad_plugins.models.uninformed_students.options import UninformedStudentsOptions
 from uad_plugins.models.uninformed_students.teachers import load_teacher
 
 
@@ -228,3 +230,40 @@ def test_options_are_checked(options, message):
 def test_images_smaller_than_the_largest_patch(products, tmp_path):
     with pytest.raises(UsageError, match="patches of 65x65 pixels cannot take images of 64"):
         small_run(products, tmp_path / "run", over(patch_sizes=[65]))
+
+
+def test_the_recipe_that_ships_is_the_papers():
+    """Sections 4.1 and 4.2 of arXiv 1911.02357, the epochs and the batch of arXiv 2407.02968."""
+    config = resolve(file=find_config(Path("uninformed_students")), environment={})
+    options = UninformedStudentsOptions.model_validate(config.model.options)
+    assert (options.patch_sizes, options.students, options.width, options.stride) == ([17, 33, 65], 3, 1.0, 1)
+    assert (options.train_stride, options.train_window, options.statistics) == (None, None, "global")
+    teacher = options.teacher
+    assert (teacher.steps, teacher.batch_size, teacher.lr, teacher.weight_decay) == (50_000, 64, 2e-4, 1e-5)
+    assert (teacher.knowledge, teacher.metric, teacher.compactness) == (1.0, 0.0, 1.0)
+    optimizer = config.optimizer
+    assert (optimizer.name, optimizer.lr, optimizer.weight_decay, optimizer.schedule) == ("adam", 1e-4, 1e-5, "constant")
+    assert (config.data.image_size, config.data.train_batch_size, config.trainer["max_epochs"]) == (256, 1, 150)
+
+
+def cost(patch_sizes, width, stride):
+    """GMAC of an image of 256 x 256 pixels, and millions of parameters."""
+    networks = [PatchNetwork(size, copies, width, stride) for size in patch_sizes for copies in (1, 3)]
+    gmac = sum(multiply_accumulates(network, (256, 256)) for network in networks) / 1e9
+    return gmac, sum(p.numel() for network in networks for p in network.parameters()) / 1e6
+
+
+def test_the_page_says_what_each_recipe_costs():
+    page = (Path(__file__).parents[1] / "docs" / "uninformed_students.md").read_text()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.endswith(" M |")]
+    assert len(rows) == 5
+    for name, patch_sizes, _, channels, stride, gmac, parameters in rows:
+        found = cost([int(size) for size in patch_sizes.split(",")], {"all": 1.0, "half": 0.5}[channels], int(stride))
+        assert (round(found[0]), round(found[1], 1)) == (int(gmac), float(parameters.split()[0])), name
+    dense, edge = (
+        resolve(file=find_config(Path(name)), environment={}).model.options
+        for name in ("uninformed_students", "uninformed_students_edge")
+    )
+    costs = [cost(each["patch_sizes"], each["width"], each["stride"])[0] for each in (dense, edge)]
+    assert [round(each) for each in costs] == [int(rows[0][5]), int(rows[-1][5])]
+    assert costs[0] >= 20 * costs[1]

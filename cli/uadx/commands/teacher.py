@@ -55,10 +55,12 @@ def distill(
     from pydantic import ValidationError
 
     from uad_plugins.config import from_assignments
-    from uad_plugins.models.uninformed_students.options import PROCEDURAL, TeacherRecipe
+    from uad_plugins.models.uninformed_students.options import PROCEDURAL, WIDEST, TeacherRecipe
 
-    base = _settings(config)
-    given: dict[str, Any] = {**base.teacher, **from_assignments(set_ or [])}
+    base, changes = _settings(config), from_assignments(set_ or [])
+    if "images" in changes:
+        raise UsageError("--set images: the images are the argument", f"uadx teacher distill {changes['images']}")
+    given: dict[str, Any] = {**base.teacher, **changes}
     try:
         recipe = TeacherRecipe.model_validate({**given, "images": images})
     except ValidationError as error:
@@ -67,7 +69,12 @@ def distill(
         known = ", ".join(name for name in TeacherRecipe.model_fields if name != "images")
         raise UsageError(f"--set {key}: {first['msg']}", f"keys: {known}") from None
     patch_sizes = base.patch_sizes if patch_size is None else [patch_size]
-    width, backbone, weights = width or base.width, backbone or base.backbone, weights or base.weights
+    backbone, weights = backbone or base.backbone, weights or base.weights
+    width = base.width if width is None else width
+    if not 0 < width <= WIDEST:
+        raise UsageError(f"--width {width:g}: no share of the paper's channels", f"above 0 and at most {WIDEST}")
+    if half and out is None:
+        raise UsageError("--half is of the file that --out writes", "add --out FILE, or leave --half out")
     if patch_size not in (None, 17, 33, 65):
         raise UsageError(f"--patch-size {patch_size}: there is no such patch network", "17, 33 or 65")
     if out is not None and len(patch_sizes) > 1:
@@ -87,7 +94,8 @@ def distill(
     require_architecture(backbone)
     target = PretrainedFeature(backbone, weights, recipe.layer, recipe.target_size)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for size in patch_sizes:
+    # The largest first: images that are too small for it are found before anything is distilled.
+    for size in sorted(patch_sizes, reverse=True):
         teacher, record = distilled_teacher(recipe, size, width, target, source, device=device, report=counting)
         if out is not None:
             save_teacher(teacher, record, out, torch.float16 if half else torch.float32)

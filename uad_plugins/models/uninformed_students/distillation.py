@@ -160,7 +160,7 @@ def distil(
             wanted = (target(patches) - mean) / std
         loss = total_loss(teacher, decoder, (patches, twins), wanted, weights)
         if not bool(torch.isfinite(loss)):
-            raise UadxError(f"distilling the teacher: the loss became {float(loss)} at step {step}", "lower its lr")
+            raise UadxError(f"distilling the teacher: the loss became {float(loss.detach())} at step {step}", "lower its lr")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

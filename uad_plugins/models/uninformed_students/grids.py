@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, gcd
 
 import torch
 from torch.nn import functional as F
@@ -65,9 +65,10 @@ def grid_of_step(step: int, size: tuple[int, int], stride: int = 1, side: int | 
     rows, columns = Grid(stride).shape(size)
     cells = (rows, columns) if side is None else (min(rows, ceil(side / stride)), min(columns, ceil(side / stride)))
     tiles = (ceil(rows / cells[0]), ceil(columns / cells[1]))
-    # A prime, which has no factor in common with the number of turns: neighbours in time are none in place.
-    turn = step * 7919 % (stride**2 * tiles[0] * tiles[1])
-    turn, offset = divmod(turn, stride**2)
+    turns = stride**2 * tiles[0] * tiles[1]
+    # About the golden section of all turns: any few steps are spread over them. Coprime to their number: each comes once.
+    pace = next(pace for pace in range(ceil(0.618 * turns), 2 * turns) if gcd(pace, turns) == 1)
+    turn, offset = divmod(step * pace % turns, stride**2)
     offset_of = divmod(offset, stride)
     if side is None:
         return Grid(stride, offset_of)

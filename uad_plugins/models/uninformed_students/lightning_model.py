@@ -158,8 +158,10 @@ class UninformedStudents(DistillationRecipe, AnomalibModule):
     def setup(self, stage: str) -> None:
         """Learn the names of the categories, when training begins."""
         super().setup(stage)
-        if stage == "fit" and self.by_category and not self.categories:
-            self._set_categories(list(getattr(getattr(self.trainer, "datamodule", None), "categories", [])))
+        if stage == "fit" and self.by_category:
+            names = list(getattr(getattr(self.trainer, "datamodule", None), "categories", []))
+            if names != self.categories or not names:
+                self._set_categories(names)
 
     def _set_categories(self, names: list[str]) -> None:
         if not names:
@@ -206,12 +208,19 @@ class UninformedStudents(DistillationRecipe, AnomalibModule):
     def on_fit_start(self) -> None:
         """Get the teachers, and mean and deviation of their descriptors over the training images.
 
-        A checkpoint that training goes on from has been read by now: what it brought is kept.
+        A checkpoint that training goes on from has been read by now: what it brought is kept. Another training of the same
+        model takes them anew, of its own images.
         """
         super().on_fit_start()
+        largest = max(self.patch_sizes)
+        if self.input_size is not None and min(self.input_size) < largest:
+            raise UadxError(
+                f"patches of {largest}x{largest} pixels are larger than images of {min(self.input_size)}",
+                "use larger images, or smaller patch_sizes",
+            )
         if self._missing:
             self._distil()
-        if not self.model.normalised:
+        if not self.model.normalised or self.trainer.ckpt_path is None:
             self._set_feature_statistics()
 
     def _training_loaders(self) -> Any:
@@ -307,7 +316,8 @@ class UninformedStudents(DistillationRecipe, AnomalibModule):
                 if self.pre_processor is not None:
                     images = self.pre_processor(images)
                 images = torch.as_tensor(images).as_subclass(torch.Tensor)
-                rows = batch.category_index.tolist() if self.by_category else [0] * len(images)
+                category = self._category_of(batch)
+                rows = [0] * len(images) if category is None else category.tolist()
                 labels = batch.gt_label
                 yield images, rows, [not label for label in labels.tolist()] if labels is not None else [True] * len(images)
         self.train(training)
@@ -316,7 +326,14 @@ class UninformedStudents(DistillationRecipe, AnomalibModule):
         return torch.tensor(rows, device=self.device) if self.by_category else None
 
     def _category_of(self, batch: Any) -> torch.Tensor | None:
-        return batch.category_index if self.by_category else None
+        if not self.by_category:
+            return None
+        if getattr(batch, "category_index", None) is None:
+            raise UadxError(
+                "statistics by category, and images whose category is not known",
+                "use uad_plugins.data.UnifiedDataModule, or statistics=global",
+            )
+        return torch.as_tensor(batch.category_index)
 
     # Steps
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 PatchSize = Literal[17, 33, 65]
 Stride = Literal[1, 2, 4, 8]
@@ -16,6 +16,9 @@ NORMAL, PROCEDURAL = "normal", "procedural"
 GLOBAL: Literal["global"] = "global"
 BY_CATEGORY: Literal["category"] = "category"
 """What statistics are taken over."""
+
+WIDEST = 4
+"""Largest share of the paper's channels."""
 
 
 class TeacherRecipe(BaseModel):
@@ -42,6 +45,13 @@ class TeacherRecipe(BaseModel):
     margin: float = Field(1.0, gt=0, description="Margin of the metric learning loss.")
     seed: int = Field(0, ge=0, description="Of patches and initial weights.")
 
+    @field_validator("compactness")
+    @classmethod
+    def _something_to_learn(cls, value: float, info: ValidationInfo) -> float:
+        if not value and not any(info.data.get(name, 1.0) for name in ("knowledge", "metric")):
+            raise ValueError("one of knowledge, metric and compactness must be above 0")
+        return value
+
 
 class UninformedStudentsOptions(BaseModel):
     """The configuration section ``model.options``."""
@@ -50,7 +60,7 @@ class UninformedStudentsOptions(BaseModel):
 
     patch_sizes: list[PatchSize] = Field([17, 33, 65], min_length=1, description="Scales: sides of the patches.")
     students: int = Field(3, ge=1, description="Students in each ensemble.")
-    width: float = Field(1.0, gt=0, le=4, description="Channels of the hidden layers as a share of the paper's.")
+    width: float = Field(1.0, gt=0, le=WIDEST, description="Channels of the hidden layers as a share of the paper's.")
     stride: Stride = Field(1, description="A descriptor for every n-th pixel; 1 is the paper's.")
     train_stride: Stride | None = Field(None, description="The same while training; null: as stride.")
     train_window: int | None = Field(

@@ -42,6 +42,7 @@ class PatchSource:
         self.images, self.count, self.fingerprint, self.description = images, count, fingerprint, description
         self._pool: list[RgbImage] = []
         self._pool_of: tuple[int, int, int] | None = None
+        self._unreadable = 0
 
     def batches(self, patch_size: int, batch_size: int, seed: int, twins: bool = True) -> Callable[[int], Batch]:
         """Return a function from a step to its batch: normalised float32 ``(N, 3, p, p)``, twice.
@@ -59,9 +60,11 @@ class PatchSource:
         def batch(step: int) -> Batch:
             pool = self._images_of(step // STEPS_PER_POOL, patch_size, seed)
             rng = np.random.default_rng((seed, step))
-            # Without repeats as far as the images last: the neighbour in a batch is the negative of a patch.
-            rounds = -(-batch_size // len(pool))
-            chosen = np.concatenate([rng.permutation(len(pool)) for _ in range(rounds)])[:batch_size]
+            if twins and len(pool) < 2:
+                raise UadxError(
+                    f"{self.description}: a single image", "the metric loss needs patches of others: give more images"
+                )
+            chosen = taking_turns(rng, len(pool), batch_size)
             reach = max(1, patch_size // 8)
             patches = np.empty((batch_size, patch_size, patch_size, 3), np.float32)
             moved = np.empty_like(patches) if twins else None
@@ -89,15 +92,29 @@ class PatchSource:
         if (chunk, patch_size, seed) != self._pool_of:
             rng = np.random.default_rng((seed, chunk, 1))
             chosen = rng.choice(self.count, size=min(POOL, self.count), replace=False)
-            found = (self.images(int(index)) for index in np.sort(chosen))
+            found = [self.images(int(index)) for index in np.sort(chosen)]
+            self._unreadable = sum(image is None for image in found)
             self._pool = [image for image in found if image is not None and min(image.shape[:2]) >= patch_size]
             self._pool_of = (chunk, patch_size, seed)
         if not self._pool:
+            unreadable = f" ({self._unreadable} cannot be read)" if self._unreadable else ""
             raise UadxError(
-                f"{self.description}: no image of at least {patch_size}x{patch_size} pixels",
+                f"{self.description}: no image of at least {patch_size}x{patch_size} pixels{unreadable}",
                 "a teacher is distilled on crops of that size",
             )
         return self._pool
+
+
+def taking_turns(rng: np.random.Generator, images: int, count: int) -> NDArray[np.int64]:
+    """Return the image of each patch in a batch, such that neighbours, the last and the first too, are of different images.
+
+    The neighbour in a batch is the negative of a patch.
+    """
+    order = rng.permutation(images)
+    chosen = np.resize(order, count)
+    if images > 2 and chosen[-1] == chosen[0]:
+        chosen[-1] = order[1]
+    return chosen
 
 
 def from_folder(folder: Path, shorter_side: int = 256) -> PatchSource:

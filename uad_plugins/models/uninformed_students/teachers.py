@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +27,7 @@ from uad_plugins.models.uninformed_students.procedural import procedural_source
 from uad_plugins.models.uninformed_students.processes import on_first_process
 from uad_plugins.progress import Progress, counting
 
-VERSION = 2
+VERSION = 3
 """Changes whenever the same recipe would give another teacher."""
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -144,7 +144,9 @@ def distilled_teacher(
     path = folder / f"{key}.safetensors"
     if path.is_file():
         try:
-            return load_teacher(path)
+            teacher, record = load_teacher(path)
+            # The same images, wherever they lay when it was distilled.
+            return teacher, replace(record, images=source.description)
         except UadxError:
             # A cache may always be filled anew.
             path.unlink()
@@ -211,7 +213,10 @@ def distilled_teachers(
         patches = source()
         # Whether a teacher was in the cache must not change the random numbers of the training.
         with torch.random.fork_rng(devices=[]):
-            return [distilled_teacher(recipe, size, width, target, patches, **options) for size in patch_sizes]
+            # The largest first: images that are too small for it are found before anything is distilled.
+            ordered = sorted(patch_sizes, reverse=True)
+            found = {size: distilled_teacher(recipe, size, width, target, patches, **options) for size in ordered}
+            return [found[size] for size in patch_sizes]
 
     return on_first_process(strategy, work)
 

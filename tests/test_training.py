@@ -164,29 +164,6 @@ def test_an_unreadable_image_stops_training_before_it_starts(damaged, tmp_path):
     assert not (tmp_path / "run" / "run.json").exists()
 
 
-def test_unreadable_images_can_be_left_out_and_are_recorded(damaged, tmp_path):
-    data, victim = damaged
-    metrics = small_run(data, tmp_path / "run", {"data": {"skip_bad": True}, "trainer": {"max_epochs": 1}})
-    assert list(read_json(tmp_path / "run" / "skipped.json")) == [str(victim)]
-    assert Run(tmp_path / "run").manifest().data["skipped"] == 1
-    assert metrics["samples_seen"] == 26
-
-
-def test_bad_held_out_images_are_found_before_training(products, trained, tmp_path):
-    data = shutil.copytree(products, tmp_path / "data")
-    table = hold_out(scan(data), 0.1, 0)
-    for index in table.where(split="val"):
-        Path(table.paths[int(index)]).write_bytes(b"")
-    run = shutil.copytree(trained, tmp_path / "run")
-    before = {path.name: path.stat().st_mtime_ns for path in run.iterdir()}
-    with pytest.raises(UadxError) as error:
-        small_run(data, run, {"data": {"skip_bad": True}}, overwrite=True)
-    assert error.value.message == (
-        "no image of good parts is held out that can be read: the checkpoint and the thresholds come from these"
-    )
-    assert {path.name: path.stat().st_mtime_ns for path in run.iterdir()} == before
-
-
 def test_a_loss_that_is_no_number_stops_training(products, tmp_path):
     with pytest.raises(UadxError, match="the loss became nan|the loss became inf") as error:
         small_run(products, tmp_path / "run", {"optimizer": {"name": "adam", "lr": 1e30, "schedule": "constant"}})

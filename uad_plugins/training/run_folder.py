@@ -18,7 +18,7 @@ except ImportError:
 
 from uad_plugins.artifacts import MANIFEST, Run, RunManifest, write_json, write_text
 from uad_plugins.config import TrainConfig, read_yaml, to_yaml, validate
-from uad_plugins.data.samples import NORMAL, SampleTable
+from uad_plugins.data.samples import SampleTable, held_out_of
 from uad_plugins.errors import UadxError, UsageError
 
 DATA_MAY_CHANGE = ("num_workers", "eval_batch_size", "skip_bad")
@@ -121,7 +121,9 @@ def write_start(
         leftover.unlink()
     write_text(run.config_file, to_yaml(config))
     write_json(run.skipped_file, dict(skipped))
-    write_json(run.split_file, {"val": [table.relative(int(index)) for index in table.where(split="val", label=NORMAL)]})
+    if fresh or not run.split_file.is_file():
+        # Never written anew: an image that has become unreadable is none that was trained on.
+        write_json(run.split_file, {"val": sorted(held_out_of(table))})
     run.write_manifest(manifest)
 
 

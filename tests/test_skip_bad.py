@@ -43,7 +43,7 @@ def test_they_are_left_out_recorded_and_said(data, tmp_path):
 
 
 def test_others_are_held_out_in_the_place_of_bad_ones(data, tmp_path):
-    """Every product has a threshold of its own, the same ones are chosen again, and they are known wherever the data lies."""
+    """Every product has a threshold of its own; the choice is the same again, and known wherever the data lies."""
     bad = set(spoil(data, "val"))
     small_run(data, tmp_path / "run", SKIP)
     run = Run(tmp_path / "run")

@@ -130,6 +130,11 @@ def test_best_f1_is_taken_where_labelled_validation_images_are_given(products, t
     [
         ({"trainer": {"max_epoch": 2}}, "unknown configuration key 'trainer.max_epoch'"),
         ({"trainer": {"max_epochs": 0}}, "must be a whole number of at least 1"),
+        ({"trainer": {"fast_dev_run": True}}, "trainer.fast_dev_run leaves no checkpoint behind"),
+        ({"trainer": {"barebones": True}}, "trainer.barebones leaves no checkpoint behind"),
+        ({"trainer": {"limit_train_batches": 0}}, "trainer.limit_train_batches: 0 leaves nothing to train on"),
+        ({"trainer": {"limit_train_batches": 0.0}}, "trainer.limit_train_batches: 0.0 leaves nothing to train on"),
+        ({"trainer": {"max_steps": 0}}, "trainer.max_steps: 0 leaves no step to train"),
         ({"trainer": {"callbacks": []}}, "trainer.callbacks is set by uadx itself"),
         ({"trainer": {"strategy": "ddp_spawn"}}, "ddp_spawn trains in copies of this process"),
         ({"trainer": {"strategy": "ddp_fork_find_unused_parameters_true"}}, "trains in copies of this process"),

@@ -25,14 +25,16 @@ from uad_plugins.models.torch_detector import TorchDetector
 from uad_plugins.progress import Progress
 from uad_plugins.training.arguments import check_trainer_arguments, fit_trainer_arguments
 from uad_plugins.training.callbacks import FiniteLoss, HeldOutLoss, SampleCount, TrainingProgress
-from uad_plugins.training.checkpointing import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
+from uad_plugins.training.checkpointing import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, epochs_of
 from uad_plugins.training.quiet import quiet_libraries
 from uad_plugins.training.run_folder import (
     cache_path,
+    check_epochs,
     check_folder,
     check_same_data,
     locked,
     main_process,
+    own_place,
     resumed_config,
     write_start,
 )
@@ -74,7 +76,7 @@ def train(
         UadxError: Data, weights, folder or configuration do not allow it; see the message.
     """
     check_trainer_arguments(config.trainer)
-    run = Run(out.expanduser().absolute())
+    run = Run(own_place(out))
     with locked(run.folder), quiet_libraries(), child_signal_restored():
         check_folder(run, resume=resume, overwrite=overwrite)
         resuming = resume and (run.folder / MANIFEST).is_file()
@@ -94,6 +96,8 @@ def train(
         # Built before the images are verified: missing weights are found in a second, bad images perhaps in an hour.
         model = model_plugin(config.model.name).build(_from_checkpoint(config) if resumes else config)
         config = fit_trainer_arguments(config, model, given or {})
+        if resumes:
+            check_epochs(run, epochs_of(run.last_checkpoint, model), config.trainer.get("max_epochs"))
         cache = pixel_cache(cache_path(run.folder), config, table)
         try:
             module.verify_images(verifying, cache, keep_split=resuming)

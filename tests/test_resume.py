@@ -16,7 +16,7 @@ from uad_plugins.artifacts import Run, atomic_path, read_json, write_text
 from uad_plugins.data.layouts import scan
 from uad_plugins.data.samples import hold_out
 from uad_plugins.detector import open_detector
-from uad_plugins.errors import UadxError
+from uad_plugins.errors import UadxError, UsageError
 from uad_plugins.models.backbones import BUNDLED_FILE
 from uad_plugins.training.checkpointing import AtomicCheckpointIO
 from uad_plugins.training.run_folder import check_folder
@@ -172,6 +172,19 @@ def test_an_image_that_became_unreadable_can_be_left_out(products, trained, tmp_
     metrics = train(small_config(given), data, run, given=given, resume=True, interactive=False)
     assert (metrics["epochs"], metrics["samples_seen"]) == (3, 54 + 26)
     assert read_json(run / "skipped.json") == {str(victim): "empty file"}
+
+
+def test_a_finished_run_is_not_resumed_for_fewer_epochs(products, trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    before = {path.name: path.stat().st_mtime_ns for path in run.iterdir()}
+    given = {"trainer": {"max_epochs": 1}}
+    with pytest.raises(UsageError) as error:
+        train(small_config(given), products, run, given=given, resume=True, interactive=False)
+    assert error.value.message == f"{run}: 2 epochs are trained already, not 1"
+    assert error.value.hint.startswith("give --epochs 2 or more")
+    assert {path.name: path.stat().st_mtime_ns for path in run.iterdir()} == before
+    given = {"trainer": {"max_epochs": 2}}
+    assert train(small_config(given), products, run, given=given, resume=True, interactive=False)["epochs"] == 2
 
 
 def started(products, out):

@@ -194,3 +194,14 @@ def test_damaged_thresholds_are_refused(content):
 def test_senseless_requests_are_refused(options):
     with pytest.raises(UsageError):
         set_thresholds(np.ones(3), np.zeros(3, int), ["a"] * 3, source="x", **options)
+
+
+def test_one_image_of_a_category_takes_the_spread_that_is_common_to_all():
+    """And its largest score only where there is none: as docs/training.md has it."""
+    scores, labels = np.array([1.0, 1.5, 1.2, 1.1, 2.0]), np.zeros(5, dtype=int)
+    alone = set_thresholds(scores[2:], labels[2:], ["b", "b", "c"], source="x").categories
+    assert (alone["b"].value, alone["c"].value, alone["c"].how) == (1.2, 2.0, "quantile")
+    among = set_thresholds(scores, labels, ["a", "a", "b", "b", "c"], source="x").categories
+    assert (among["b"].how, among["c"].how) == ("lognormal", "lognormal")
+    assert among["b"].value > 1.2
+    assert among["c"].value > 2.0

@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -131,6 +130,11 @@ def test_best_f1_is_taken_where_labelled_validation_images_are_given(products, t
     [
         ({"trainer": {"max_epoch": 2}}, "unknown configuration key 'trainer.max_epoch'"),
         ({"trainer": {"max_epochs": 0}}, "must be a whole number of at least 1"),
+        ({"trainer": {"fast_dev_run": True}}, "trainer.fast_dev_run leaves no checkpoint behind"),
+        ({"trainer": {"barebones": True}}, "trainer.barebones leaves no checkpoint behind"),
+        ({"trainer": {"limit_train_batches": 0}}, "trainer.limit_train_batches: 0 leaves nothing to train on"),
+        ({"trainer": {"limit_train_batches": 0.0}}, "trainer.limit_train_batches: 0.0 leaves nothing to train on"),
+        ({"trainer": {"max_steps": 0}}, "trainer.max_steps: 0 leaves no step to train"),
         ({"trainer": {"callbacks": []}}, "trainer.callbacks is set by uadx itself"),
         ({"trainer": {"strategy": "ddp_spawn"}}, "ddp_spawn trains in copies of this process"),
         ({"trainer": {"strategy": "ddp_fork_find_unused_parameters_true"}}, "trains in copies of this process"),
@@ -162,29 +166,6 @@ def test_an_unreadable_image_stops_training_before_it_starts(damaged, tmp_path):
     assert error.value.message.startswith(f"{victim}: cannot be decoded")
     assert "--skip-bad" in error.value.hint
     assert not (tmp_path / "run" / "run.json").exists()
-
-
-def test_unreadable_images_can_be_left_out_and_are_recorded(damaged, tmp_path):
-    data, victim = damaged
-    metrics = small_run(data, tmp_path / "run", {"data": {"skip_bad": True}, "trainer": {"max_epochs": 1}})
-    assert list(read_json(tmp_path / "run" / "skipped.json")) == [str(victim)]
-    assert Run(tmp_path / "run").manifest().data["skipped"] == 1
-    assert metrics["samples_seen"] == 26
-
-
-def test_bad_held_out_images_are_found_before_training(products, trained, tmp_path):
-    data = shutil.copytree(products, tmp_path / "data")
-    table = hold_out(scan(data), 0.1, 0)
-    for index in table.where(split="val"):
-        Path(table.paths[int(index)]).write_bytes(b"")
-    run = shutil.copytree(trained, tmp_path / "run")
-    before = {path.name: path.stat().st_mtime_ns for path in run.iterdir()}
-    with pytest.raises(UadxError) as error:
-        small_run(data, run, {"data": {"skip_bad": True}}, overwrite=True)
-    assert error.value.message == (
-        "no image of good parts is held out that can be read: the checkpoint and the thresholds come from these"
-    )
-    assert {path.name: path.stat().st_mtime_ns for path in run.iterdir()} == before
 
 
 def test_a_loss_that_is_no_number_stops_training(products, tmp_path):

@@ -275,8 +275,20 @@ def validated(schema: type[Any], tree: Mapping[str, Any], prefix: tuple[str, ...
         # What pydantic adds to a key is the type it has tried.
         whole = next((end for end in range(len(location)) if ".".join(location[:end]) in known), len(location))
         location = location[:whole] + [step for step in location[whole:] if step.isdigit()]
+        if first["type"] in {"model_type", "dict_type"}:
+            raise no_section(location, known, first["input"]) from None
         reason = first["msg"].removeprefix("Value error, ")
         raise UsageError(f"{'.'.join(location)}: {reason}", f"given: {first['input']!r}") from None
+
+
+def no_section(location: Sequence[str], known: set[str], given: Any) -> UsageError:
+    """Build the error for a value where a section with keys is needed, with the first key that would take it."""
+    section = ".".join(location)
+    keys_of = sorted(name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == section)
+    key = "name" if "name" in keys_of else next(iter(keys_of), "KEY")
+    value = given if key == "name" and isinstance(given, str) else "VALUE"
+    hint = f"for example '{location[-1]}: {{{key}: {value}}}'"
+    return UsageError(f"{section}: a section with keys is needed, not {given!r}", hint)
 
 
 def unknown_key(location: Sequence[str], known: set[str]) -> UsageError:

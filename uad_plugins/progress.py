@@ -34,6 +34,8 @@ def counting(what: str) -> Iterator[Progress]:
         left = (total - done) / max(rate, 1e-9)
         speed = f"{rate:.0f}/s" if rate >= 10 else f"{rate:.1f}/s"
         line = f"{what}: {done}/{total}  {speed}  {duration(left)} left"
+        # What is said next begins on a line of its own.
+        line = "" if interactive and done == total else line
         sys.stderr.write(f"\r\x1b[K{line}" if interactive else f"{line}\n")
         sys.stderr.flush()
 

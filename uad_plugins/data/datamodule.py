@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from uad_plugins.data.batches import UnifiedBatch, UnifiedItem
 from uad_plugins.data.check import require_readable
 from uad_plugins.data.layouts import scan
 from uad_plugins.data.pixel_cache import PixelCache
-from uad_plugins.data.samples import NORMAL, SampleTable, hold_out
+from uad_plugins.data.samples import NORMAL, SampleTable, hold_out, require_parts
 from uad_plugins.data.sampling import NATURAL, CategorySampler, GroupedBatchSampler, ShareSampler
 from uad_plugins.errors import UadxError
 from uad_plugins.imaging import RgbImage, read_mask, read_rgb, resize_mask, resize_rgb
@@ -228,38 +229,47 @@ class UnifiedDataModule(AnomalibDataModule):
         self.split_seed = seed
         self.skipped: dict[str, str] = {}
         self.table: SampleTable
+        self._found: SampleTable | None = None
         self._verified = False
         self._cache: PixelCache | None = None
         self._cache_rows: dict[str, NDArray[np.int64]] = {}
 
     def index(self) -> SampleTable:
         """Scan the folders and hold images out, without opening any image."""
-        table = scan(self.root, self.layout, self.wanted_categories)
-        return hold_out(table, self.val_fraction, self.split_seed)
+        self._found = scan(self.root, self.layout, self.wanted_categories)
+        return hold_out(self._found, self.val_fraction, self.split_seed)
 
-    def verify_images(self, progress: Progress | None = None, cache: PixelCache | None = None) -> None:
+    def verify_images(
+        self, progress: Progress | None = None, cache: PixelCache | None = None, *, keep_split: bool = False
+    ) -> None:
         """Decode every training and validation image once; later calls do nothing.
+
+        Where bad images are left out, images are held out from the good ones as if the bad ones had never been there.
 
         Args:
             progress: Called as images are done.
             cache: Keeps what was decoded, at the size of the cache; None throws it away.
+            keep_split: Hold no others out instead: they may have been trained on already.
 
         Raises:
-            UadxError: An image cannot be read and ``skip_bad`` is not set.
+            UadxError: An image cannot be read and ``skip_bad`` is not set, or a category has none left.
         """
         if self._verified:
             return
         splits = ("train", "val")
         wanted = {split: [self.table.paths[int(i)] for i in self.table.where(split=split)] for split in splits}
         keep = cache.write if cache is not None else None
-        self.table, self.skipped = require_readable(self.table, splits, skip_bad=self.skip_bad, progress=progress, keep=keep)
-        self._verified = True
+        good, self.skipped = require_readable(self.table, splits, skip_bad=self.skip_bad, progress=progress, keep=keep)
+        if self.skipped and not keep_split and self._found is not None:
+            good = hold_out(self._found.without(set(self.skipped)), self.val_fraction, self.split_seed)
+        require_parts(self.table, good)
+        self.table, self._verified = good, True
         if cache is not None and cache.complete:
-            self._cache, first = cache, 0
-            for split, paths in wanted.items():
-                kept = [row for row, path in enumerate(paths, start=first) if path not in self.skipped]
+            self._cache = cache
+            row_of = {path: row for row, path in enumerate(chain(*wanted.values()))}
+            for split in splits:
+                kept = [row_of[good.paths[int(index)]] for index in good.where(split=split)]
                 self._cache_rows[split] = np.array(kept, dtype=np.int64)
-                first += len(paths)
 
     def setup(self, stage: str | None = None) -> None:
         """Index the images, verify those to be trained on, and make the three parts.

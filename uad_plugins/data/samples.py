@@ -206,6 +206,11 @@ def hold_out(table: SampleTable, fraction: float, seed: int) -> SampleTable:
     )
 
 
+def held_out_of(table: SampleTable) -> set[str]:
+    """Return the relative paths of the normal images that are held out from training."""
+    return {table.relative(int(index)) for index in table.where(split="val", label=NORMAL)}
+
+
 def hold_out_as_before(table: SampleTable, held: Set[str]) -> SampleTable:
     """Split normal training images as they were split once: what was held out, and all others.
 
@@ -224,6 +229,27 @@ def hold_out_as_before(table: SampleTable, held: Set[str]) -> SampleTable:
         ),
         table.root,
     )
+
+
+def require_parts(before: SampleTable, after: SampleTable) -> None:
+    """Make sure that each category still has what it is trained on and what is held out, now that bad images are left out.
+
+    Args:
+        before: All samples.
+        after: The readable ones.
+
+    Raises:
+        UadxError: A category has lost all of its training or held-out images; the message names it.
+    """
+    for category in before.categories:
+        for split, what in (("train", "training images"), ("val", "images held out from training")):
+            lost = len(before.where(split=split, category=category, label=NORMAL))
+            left = category in after.categories and len(after.where(split=split, category=category, label=NORMAL))
+            if lost and not left:
+                raise UadxError(
+                    f"category '{category}': none of its {what} can be read ({lost} in all)",
+                    "repair them, or name the other categories with --category; see 'uadx data check'",
+                )
 
 
 def split_again(table: SampleTable, origin: Mapping[str, Any]) -> SampleTable:

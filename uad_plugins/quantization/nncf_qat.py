@@ -241,7 +241,7 @@ def _train(request: QuantizationRequest, module: QatModule) -> dict[str, Any]:
     best, last = work / "best.ckpt", work / "last.ckpt"
     with quiet_libraries(), quiet_quantizers(), child_signal_restored():
         try:
-            data.verify_images(None, cache)
+            data.verify_images(None, cache, keep_split=True)
             before = _held_out(request, module, data)
             held_out, seen = _fit(request, module, data)
         finally:

@@ -32,7 +32,7 @@ from uad_plugins.quantization.samples import samples_of
 from uad_plugins.quantized import MANIFEST, Quantized, QuantizedManifest
 from uad_plugins.registry import installed, registry, require_installed
 from uad_plugins.training.quiet import quiet_libraries
-from uad_plugins.training.run_folder import discard, locked
+from uad_plugins.training.run_folder import discard, locked, own_place
 
 REFEREE_IMAGES = 24
 SIZE_LIMIT = {"int8": 0.27, "fp16": 0.55, "fp32": 1.01}
@@ -99,7 +99,7 @@ def quantize(order: Order, tell: Callable[[str], None] = lambda _: None) -> Quan
             f"it does not support {', '.join(sorted(plugin.supports - supported))}; see 'uadx plugins list'",
         )
     require_installed(plugin)
-    station = Quantized(order.out.expanduser().absolute())
+    station = Quantized(own_place(order.out))
     with locked(station.folder), quiet_libraries():
         _check_folder(station, order)
         table = samples_of(run, order.data, tell)

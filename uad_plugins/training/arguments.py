@@ -17,6 +17,13 @@ COPYING = ("ddp_spawn", "ddp_fork", "ddp_notebook")
 """Strategies, with all their variants, that leave the callbacks of the process that goes on without what they saw."""
 
 
+EMPTY = {
+    "limit_train_batches": "nothing to train on",
+    "max_steps": "no step to train",
+}
+"""Arguments that must not be 0, and what it would leave."""
+
+
 def check_trainer_arguments(arguments: Mapping[str, Any]) -> None:
     """Refuse arguments that Lightning's Trainer does not take or that uadx sets itself.
 
@@ -44,6 +51,15 @@ def check_trainer_arguments(arguments: Mapping[str, Any]) -> None:
             f"trainer.strategy: {strategy} trains in copies of this process, which keep what was learnt and measured",
             "use ddp",
         )
+    for name, why in EMPTY.items():
+        if arguments.get(name) in (0, "0"):
+            raise UsageError(f"trainer.{name}: {arguments[name]!r} leaves {why}", "remove it, or give at least 1")
+    for name in ("fast_dev_run", "barebones"):
+        if arguments.get(name):
+            raise UsageError(
+                f"trainer.{name} leaves no checkpoint behind: there would be no run",
+                "for a short trial use --epochs 1, or trainer.limit_train_batches",
+            )
     epochs = arguments.get("max_epochs")
     if epochs is not None and (not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 1):
         raise UsageError(f"trainer.max_epochs: must be a whole number of at least 1, not {epochs!r}")

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from anomalib.callbacks.checkpoint import ModelCheckpoint
 from anomalib.engine.plugins import AnomalibCheckpointIO
+from anomalib.models import AnomalibModule
 
-from uad_plugins.artifacts import atomic_path
+from uad_plugins.artifacts import atomic_path, checked
 
 MONITOR = "val_loss"
 """What the checkpoint is chosen by: the mean over categories of the loss on held-out normal images."""
@@ -23,6 +24,20 @@ class AtomicCheckpointIO(AnomalibCheckpointIO):
         del storage_options
         with atomic_path(Path(path)) as temporary:
             torch.save(checkpoint, temporary)
+
+
+def epochs_of(path: Path, model: AnomalibModule) -> int:
+    """Return how many epochs a checkpoint was trained for.
+
+    Args:
+        path: The checkpoint.
+        model: A model of its class.
+
+    Raises:
+        UadxError: It is damaged.
+    """
+    reader = AtomicCheckpointIO(extra_safe_globals=list(model.checkpoint_safe_globals()))
+    return int(checked(path, lambda file: reader.load_checkpoint(file, map_location="cpu")["epoch"])) + 1
 
 
 class BestCheckpoint(ModelCheckpoint):

@@ -18,7 +18,7 @@ except ImportError:
 
 from uad_plugins.artifacts import MANIFEST, Run, RunManifest, write_json, write_text
 from uad_plugins.config import TrainConfig, read_yaml, to_yaml, validate
-from uad_plugins.data.samples import NORMAL, SampleTable
+from uad_plugins.data.samples import SampleTable, held_out_of
 from uad_plugins.errors import UadxError, UsageError
 
 DATA_MAY_CHANGE = ("num_workers", "eval_batch_size", "skip_bad")
@@ -32,19 +32,32 @@ def main_process() -> bool:
     return all(rank in {"", "0"} for rank in ranks)
 
 
+def own_place(out: Path) -> Path:
+    """Return where a folder to write to lies, absolute: where the link leads, if it is one, so that the link stays."""
+    folder = out.expanduser().absolute()
+    return folder.resolve() if folder.is_symlink() else folder
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold a folder for this process; another one that would write to it is refused meanwhile.
 
     Raises:
-        UadxError: Another process holds it.
+        UadxError: Another process holds it, or nothing can be written beside it.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
     path = folder.parent / f".{folder.name}.lock"
-    if fcntl is None or not main_process():
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        opened = None if fcntl is None or not main_process() else path.open("w")
+    except OSError as error:
+        raise UadxError(
+            f"{folder.parent}: cannot be written to: {error.strerror}",
+            f"what is written to a folder is made ready beside it: name one inside a folder of yours, such as {folder}/run",
+        ) from error
+    if opened is None:
         yield
         return
-    with path.open("w") as file:
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -121,15 +134,28 @@ def write_start(
         leftover.unlink()
     write_text(run.config_file, to_yaml(config))
     write_json(run.skipped_file, dict(skipped))
-    write_json(run.split_file, {"val": [table.relative(int(index)) for index in table.where(split="val", label=NORMAL)]})
+    if fresh or not run.split_file.is_file():
+        # Never written anew: an image that has become unreadable is none that was trained on.
+        write_json(run.split_file, {"val": sorted(held_out_of(table))})
     run.write_manifest(manifest)
 
 
 def discard(folder: Path) -> None:
-    """Delete a folder; another process never sees half of it."""
+    """Delete a folder; another process never sees half of it.
+
+    Raises:
+        UadxError: It cannot be moved away, as one that is mounted.
+    """
     if folder.exists() and any(folder.iterdir()):
         doomed = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        os.replace(folder, doomed)  # noqa: PTH105
+        try:
+            os.replace(folder, doomed)  # noqa: PTH105
+        except OSError as error:
+            doomed.rmdir()
+            raise UadxError(
+                f"{folder}: cannot be replaced: {error.strerror}",
+                f"empty it, or name a folder inside it, such as {folder}/run",
+            ) from error
         shutil.rmtree(doomed)
 
 
@@ -164,6 +190,19 @@ def resumed_config(run: Run, given: Mapping[str, Any], resolved: TrainConfig) ->
     if "thresholds" in given:
         merged.thresholds = resolved.thresholds
     return merged
+
+
+def check_epochs(run: Run, done: int, max_epochs: int | None) -> None:
+    """Refuse to resume for fewer epochs than were trained: the run would claim that it had these alone.
+
+    Raises:
+        UsageError: See above.
+    """
+    if max_epochs is not None and max_epochs < done:
+        raise UsageError(
+            f"{run.folder}: {done} epochs are trained already, not {max_epochs}",
+            f"give --epochs {done} or more, or train to another folder",
+        )
 
 
 def check_same_data(manifest: RunManifest, table: SampleTable) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from uad_plugins.artifacts import MANIFEST, Run, RunManifest, sha256_of, version
 from uad_plugins.config import TrainConfig, model_plugin, ratio_scale
 from uad_plugins.data.datamodule import UnifiedDataModule
 from uad_plugins.data.pixel_cache import PixelCache
-from uad_plugins.data.samples import ANOMALOUS, NORMAL, SPLITS, SampleTable
+from uad_plugins.data.samples import ANOMALOUS, NORMAL, SPLITS, SampleTable, held_out_of, hold_out_as_before
 from uad_plugins.errors import UadxError
 from uad_plugins.evaluation.thresholds import BEST_F1, thresholds_from_samples
 from uad_plugins.models.backbones import CHECKPOINT
@@ -25,14 +25,16 @@ from uad_plugins.models.torch_detector import TorchDetector
 from uad_plugins.progress import Progress
 from uad_plugins.training.arguments import check_trainer_arguments, fit_trainer_arguments
 from uad_plugins.training.callbacks import FiniteLoss, HeldOutLoss, SampleCount, TrainingProgress
-from uad_plugins.training.checkpointing import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
+from uad_plugins.training.checkpointing import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, epochs_of
 from uad_plugins.training.quiet import quiet_libraries
 from uad_plugins.training.run_folder import (
     cache_path,
+    check_epochs,
     check_folder,
     check_same_data,
     locked,
     main_process,
+    own_place,
     resumed_config,
     write_start,
 )
@@ -52,6 +54,7 @@ def train(
     overwrite: bool = False,
     interactive: bool | None = None,
     verifying: Progress | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> dict[str, Any] | None:
     """Train one model on all categories of a data set and write the run.
 
@@ -64,6 +67,7 @@ def train(
         overwrite: Replace what is there.
         interactive: Show a progress bar; None decides by the terminal.
         verifying: Called while the images are verified.
+        tell: Called with a line about images that are left out.
 
     Returns:
         The content of ``metrics.json``; None in the helper processes of a training on several devices.
@@ -72,7 +76,7 @@ def train(
         UadxError: Data, weights, folder or configuration do not allow it; see the message.
     """
     check_trainer_arguments(config.trainer)
-    run = Run(out.expanduser().absolute())
+    run = Run(own_place(out))
     with locked(run.folder), quiet_libraries(), child_signal_restored():
         check_folder(run, resume=resume, overwrite=overwrite)
         resuming = resume and (run.folder / MANIFEST).is_file()
@@ -84,19 +88,27 @@ def train(
         table = module.index()
         check_thresholds(config, table)
         if resuming:
+            held_out = run.held_out()
+            # Other images may have been held out in place of bad ones.
+            table = table if held_out is None else hold_out_as_before(table, held_out)
             check_same_data(run.manifest(), table)
-        fingerprint = table.fingerprint()
         module.table = table
         # Built before the images are verified: missing weights are found in a second, bad images perhaps in an hour.
         model = model_plugin(config.model.name).build(_from_checkpoint(config) if resumes else config)
         config = fit_trainer_arguments(config, model, given or {})
+        if resumes:
+            check_epochs(run, epochs_of(run.last_checkpoint, model), config.trainer.get("max_epochs"))
         cache = pixel_cache(cache_path(run.folder), config, table)
         try:
-            module.verify_images(verifying, cache)
+            module.verify_images(verifying, cache, keep_split=resuming)
             # Again: images have been left out.
             check_thresholds(config, module.table)
-            manifest = _manifest(config, module, model, data, fingerprint)
+            # As a later station will find the data: with what is held out from now on, and the bad images still there.
+            whole = table if resuming else hold_out_as_before(table, held_out_of(module.table))
+            manifest = _manifest(config, module, model, data, whole.fingerprint())
             if main_process():
+                if module.skipped and tell is not None:
+                    tell(f"note: images left out that cannot be read: {len(module.skipped)}, see {run.skipped_file}")
                 if resuming:
                     manifest.weights = run.manifest().weights
                 write_start(run, config, manifest, module.table, module.skipped, fresh=not resuming)

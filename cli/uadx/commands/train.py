@@ -71,7 +71,9 @@ def train(
     except ModuleNotFoundError as error:
         raise missing_extra("training", "train", error) from error
     with counting("verifying images") as progress:
-        metrics = run_training(resolved, data, out, given=given, resume=resume, overwrite=overwrite, verifying=progress)
+        metrics = run_training(
+            resolved, data, out, given=given, resume=resume, overwrite=overwrite, verifying=progress, tell=note
+        )
     if metrics is None:
         return
     if as_json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,7 +51,8 @@ def scan(root: str | Path, layout: str | None = None, categories: Sequence[str] 
         UadxError: The root does not exist, has no known layout, or holds no image.
         UsageError: Unknown layout or category.
     """
-    root = Path(root).expanduser().absolute()
+    # ``..`` would be taken for the name of a category; links keep their names.
+    root = Path(os.path.abspath(Path(root).expanduser()))  # noqa: PTH100
     if not root.exists():
         raise UadxError(f"{root}: no such file or folder", "check the path of the data")
     try:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -32,13 +34,17 @@ def recognise(root: Path) -> float:
 def scan(root: Path) -> Iterator[Sample]:
     """Yield the samples that the index names; relative paths start at the folder of the index file.
 
+    A row that repeats another one is left out.
+
     Raises:
-        UadxError: A column is missing, or a row has a value that is not understood; the message names the line.
+        UadxError: A column is missing, a row has a value that is not understood, or names the image of another row and says
+            something else of it; the message names the line.
     """
     file = root if root.is_file() else next((root / name for name in NAMES if (root / name).is_file()), None)
     if file is None:
         raise UadxError(f"{root}: no index file", f"expected one of {', '.join(NAMES)}")
     folder = file.parent
+    seen: dict[str, tuple[int, Sample]] = {}
     for line, row in _rows(file):
         values = {key: "" if value is None else str(value).strip() for key, value in row.items()}
         for column in REQUIRED:
@@ -54,7 +60,7 @@ def scan(root: Path) -> Iterator[Sample]:
         if split is None:
             raise UadxError(f"{file}:{line}: split '{values['split']}' is not understood", f"use one of {', '.join(SPLITS)}")
         mask = values.get("mask", "")
-        yield Sample(
+        sample = Sample(
             path=str(folder / values["path"]),
             category=values["category"],
             label=label,
@@ -62,6 +68,21 @@ def scan(root: Path) -> Iterator[Sample]:
             mask=str(folder / mask) if mask else "",
             defect=values.get("defect") or ("good" if label == NORMAL else "anomalous"),
         )
+        first, known = seen.setdefault(os.path.normpath(sample.path), (line, sample))
+        if first == line:
+            yield sample
+        elif replace(known, path=sample.path) != sample:
+            raise UadxError(
+                f"{file}:{line}: '{values['path']}' is in line {first} already, {_difference(known, sample)}",
+                "name each image once: what is trained on must not be held out or tested on too",
+            )
+
+
+def _difference(one: Sample, other: Sample) -> str:
+    """Say in words in what two rows of the same image differ."""
+    names = ("split", "category", "label", "mask", "defect")
+    name = next(name for name in names if getattr(one, name) != getattr(other, name))
+    return f"in split '{one.split}'" if name == "split" else f"with another {name}"
 
 
 def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -74,6 +95,9 @@ def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _csv_rows(handle: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
     reader = csv.DictReader(handle)
+    # Blank lines above the heading are none.
+    while reader.fieldnames is not None and not any(name.strip() for name in reader.fieldnames):
+        reader.fieldnames = None
     for row in reader:
         yield reader.line_num, {str(key).strip().lower(): value for key, value in row.items() if key is not None}
 

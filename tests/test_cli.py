@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from uadx import __version__
@@ -293,3 +294,90 @@ def test_deploy_prints_one_json_document_and_its_bundle_predicts(uadx, trained, 
     status, out, err = uadx("predict", tmp_path / "b.zip", images, "--engine", "onnxruntime")
     assert (status, out) == (1, "")
     assert "the engine 'onnxruntime' does not run it" in err
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "hint"),
+    [
+        (PermissionError(13, "Permission denied", "/x/run"), "/x/run: Permission denied", "change its permissions"),
+        (PermissionError(13, "Permission denied", "/x/.run.lock"), "/x: Permission denied", "change its permissions"),
+        (NotADirectoryError(20, "Not a directory", "/x/run"), "/x/run: Not a directory", "name another place"),
+        (OSError(28, "No space left on device", "/x/run"), "/x/run: No space left on device", "make room"),
+        (PermissionError(13, "Permission denied", "/cache/a"), "/cache/a: Permission denied", "set UADX_CACHE"),
+        (OSError("who knows"), "OSError: who knows", "--debug"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line_with_a_way_out(uadx, monkeypatch, error, message, hint):
+    def refuse(*_):
+        raise error
+
+    monkeypatch.setenv("UADX_CACHE", "/cache")
+    monkeypatch.setattr("uad_plugins.data.layouts.scan", refuse)
+    status, out, err = uadx("data", "check", "x")
+    assert (status, out) == (1, "")
+    lines = err.splitlines()
+    assert lines[0] == f"error: {message}"
+    assert lines[1].startswith("hint: ") and hint in lines[1]
+    assert len(lines) == 2
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "predict"])
+def test_a_folder_for_results_is_made_before_anything_is_scored(uadx, trained, products, tmp_path, monkeypatch, verb):
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr("uad_plugins.detector.open_detector", lambda *_: pytest.fail("opened"))
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        status, _, err = uadx(verb, trained, products, "--out", out)
+        assert status == 1
+        assert f"error: {out}: no folder can be made: " in err
+        assert "name another one with --out" in err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_home_folder_is_meant_by_a_tilde(monkeypatch, tmp_path):
+    from uadx.output import result_folder
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert result_folder(Path("~/results")) == tmp_path / "results"
+    assert (tmp_path / "results").is_dir()
+
+
+def test_a_product_without_test_images_is_named_and_the_figures_are_not_kept(uadx, trained, products, tmp_path):
+    run, data = shutil.copytree(trained, tmp_path / "run"), shutil.copytree(products, tmp_path / "data")
+    (run / "evaluation.json").unlink(missing_ok=True)
+    shutil.rmtree(data / "washer" / "test")
+    shutil.rmtree(data / "washer" / "ground_truth")
+    status, out, err = uadx("evaluate", run, data, "--json")
+    assert status == 0, err
+    assert "warning: no test image of washer: not measured, and not in the mean" in err
+    assert "washer" not in json.loads(out)["categories"]
+    assert not (run / "evaluation.json").exists()
+    assert uadx("evaluate", run, products, "--json")[0] == 0
+    assert (run / "evaluation.json").exists()
+
+
+def test_what_to_run_next_can_be_copied(uadx, tmp_path):
+    from uadx.output import command
+
+    assert command("evaluate", tmp_path / "my run", "d").endswith(f" evaluate '{tmp_path}/my run' d")
+
+
+def test_synthetic_products_as_json(uadx, tmp_path):
+    words = ("--size", 32, "--train", 2, "--test", 1, "--product", "washer")
+    status, out, _ = uadx("data", "synth", tmp_path / "s", *words, "--json")
+    assert status == 0
+    assert json.loads(out) == {"out": str(tmp_path / "s"), "categories": ["washer"], "train": 2, "test": 1, "size": 32}
+    assert uadx("data", "synth", tmp_path / "t", "--size", 100_000)[0] == 2
+
+
+def test_a_quickstart_that_is_replaced_keeps_what_others_have_put_there(tmp_path):
+    from uad_plugins.quickstart import MARK, OWN, _discard
+
+    for name in OWN:
+        (tmp_path / name).touch()
+    (tmp_path / "run").unlink()
+    (tmp_path / "run" / "logs").mkdir(parents=True)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").touch()
+    assert MARK in OWN
+    _discard(tmp_path)
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine", "notes.txt"]

@@ -53,6 +53,19 @@ def test_predict_never_overwrites_an_image(uadx, products, trained, tmp_path):
     assert len(set(maps)) == len(before) == 5
 
 
+def test_heat_maps_of_an_earlier_call_are_no_images(uadx, products, trained, tmp_path):
+    folder = shutil.copytree(products / "washer" / "test" / "good", tmp_path / "images")
+    known = sorted(str(path) for path in folder.iterdir())
+    for _ in range(3):
+        status, out, _ = uadx("predict", trained, folder, "--out", folder, "--json")
+        assert status == 0
+        rows = json.loads(out)["predictions"]
+        assert sorted(row["path"] for row in rows) == known
+    # Asked for by its name it is one.
+    (row,) = json.loads(uadx("predict", trained, rows[0]["map"], "--out", folder, "--json")[1])["predictions"]
+    assert row["error"] is None
+
+
 def test_maps_that_cannot_be_written_cost_no_other_image(uadx, trained, bundle, products, tmp_path, monkeypatch):
     """A name too long and a full disk: an error in the row, the others go on, and predictions.csv is there."""
     from uad_plugins.evaluation import predict

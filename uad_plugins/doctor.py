@@ -71,8 +71,8 @@ PACKAGES: tuple[Requirement, ...] = (
     Requirement("nncf", "pip install 'uadx[openvino]'"),
     Requirement("onnx", "pip install 'uadx[onnx]'"),
     Requirement("onnxruntime", "pip install 'uadx[onnx]'", _onnxruntime),
-    Requirement("tensorrt", "pip install 'uadx[tensorrt]' on a machine with an NVIDIA GPU (JetPack brings it)", _tensorrt),
-    Requirement("pycuda", "pip install 'uadx[tensorrt]' on a machine with an NVIDIA GPU", _pycuda),
+    Requirement("tensorrt", "pip install 'uadx[tensorrt]'  # needs an NVIDIA GPU; JetPack brings it", _tensorrt),
+    Requirement("pycuda", "pip install 'uadx[tensorrt]'  # needs an NVIDIA GPU", _pycuda),
 )
 """What backends are built on, with a small trial of each that needs hardware or libraries."""
 

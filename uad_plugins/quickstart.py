@@ -25,6 +25,8 @@ from uad_plugins.runtime import Detector
 from uad_plugins.training.train import train
 
 MARK = ".uadx-quickstart"
+OWN = ("data", "run", ".run.lock", ".run.pixels", "evaluation", "int8", ".int8.lock", "bundle", "report.html", MARK)
+"""What a quickstart writes into its folder."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def run_quickstart(
             raise UadxError(f"{out}: exists and is not empty", "name a new folder with --out")
         if not overwrite:
             raise UadxError(f"{out}: holds an earlier quickstart", "replace it with --overwrite, or name another with --out")
-        shutil.rmtree(out)
+        _discard(out)
     out.mkdir(parents=True, exist_ok=True)
     (out / MARK).touch()
     flags: dict[str, Any] = {}
@@ -135,6 +137,15 @@ def run_quickstart(
         beside=int8.auroc if int8 is not None else None,
     )
     return Quickstart(data, run, report, result, seconds, int8, bundle, example)
+
+
+def _discard(out: Path) -> None:
+    """Delete what an earlier quickstart wrote; what others have put beside it stays."""
+    for path in (out / name for name in OWN):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _example(bundle: Path, data: Path) -> Example:

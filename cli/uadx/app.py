@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import logging
 import os
 import sys
 import warnings
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -85,6 +88,8 @@ def main(arguments: list[str] | None = None) -> None:
         # Libraries warn their developers, at import already, of what users can do nothing about.
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", category=DeprecationWarning)
+        # It misses a GPU where there is a compiler for one.
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # As stderr does: a file's name may hold what the terminal cannot show.
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -105,12 +110,39 @@ def main(arguments: list[str] | None = None) -> None:
         # Whoever read our output has enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except OSError as error:
+        if debug:
+            raise
+        message, hint = _of_the_system(error)
+        sys.stderr.write(f"error: {_line(message)}\nhint: {_line(hint)}\n")
+        sys.exit(1)
     except Exception as error:
         if debug:
             raise
         sys.stderr.write(f"error: {type(error).__name__}: {_line(str(error))}\n")
         sys.stderr.write("hint: run it again with --debug to see where\n")
         sys.exit(1)
+
+
+def _of_the_system(error: OSError) -> tuple[str, str]:
+    """Return what the operating system refused, in words, and what to do about it."""
+    if not error.filename:
+        return f"{type(error).__name__}: {error}", "run it again with --debug to see where"
+    path = Path(os.fsdecode(error.filename))
+    # What is written is made ready under a hidden name beside its own.
+    path = path.parent if path.name.startswith(".") and not path.exists() else path
+    cache = os.environ.get("UADX_CACHE")
+    if cache and path.is_relative_to(Path(cache).expanduser()):
+        hint = "set UADX_CACHE to a folder that you may write to"
+    elif isinstance(error, PermissionError):
+        hint = "name another place, or change its permissions"
+    elif isinstance(error, FileExistsError | NotADirectoryError | IsADirectoryError):
+        hint = "a file is where a folder is needed, or the other way round: name another place"
+    elif error.errno == errno.ENOSPC:
+        hint = "make room on the disk, and run it again"
+    else:
+        hint = "check the path; run it again with --debug to see where"
+    return f"{path}: {error.strerror}", hint
 
 
 def _line(text: str) -> str:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from uad_plugins.errors import UadxError
 from uad_plugins.progress import counting
 
-__all__ = ["counting", "emit_json", "note", "program", "say", "table"]
+__all__ = ["command", "counting", "emit_json", "note", "program", "result_folder", "say", "table"]
 
 
 def program() -> str:
@@ -21,6 +24,29 @@ def program() -> str:
         return f"{sys.executable} -m uadx"
     known = called.stem == "uadx" and called.exists() and not (found and called.samefile(found))
     return str(called) if known else "uadx"
+
+
+def command(*words: object) -> str:
+    """Return what to type to run this program with these words; blanks in names of files are quoted."""
+    return " ".join([program(), *(shlex.quote(str(word)) for word in words)])
+
+
+def result_folder(out: Path | None) -> Path | None:
+    """Make the folder that results are written to before anything is computed for it.
+
+    Raises:
+        UadxError: It cannot be made, or not be written to.
+    """
+    if out is None:
+        return None
+    folder = out.expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UadxError(f"{folder}: no folder can be made: {error.strerror}", "name another one with --out") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UadxError(f"{folder}: cannot be written to", "name another folder with --out")
+    return folder
 
 
 def say(text: str) -> None:

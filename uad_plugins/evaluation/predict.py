@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import glob
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import repeat
 from pathlib import Path
@@ -17,11 +19,18 @@ from uad_plugins.evaluation.rows import ERROR, picture_names, plain_threshold, v
 from uad_plugins.imaging import ImageError, read_rgb
 from uad_plugins.progress import Progress
 
+PREDICTIONS = "predictions.csv"
+"""The rows, beside the heat maps."""
 
-def find_images(words: Sequence[str]) -> list[str]:
+
+def find_images(words: Sequence[str], out: Path | None = None) -> list[str]:
     """Turn files, folders and globs into a list of image paths, in the order given, each once.
 
     A word that names nothing stays in the list: it will get an error in its row.
+
+    Args:
+        words: As typed.
+        out: Folder for heat maps: those that an earlier call has written there are left out, unless typed themselves.
     """
     found: dict[str, None] = {}
     for word in words:
@@ -36,7 +45,18 @@ def find_images(words: Sequence[str]) -> list[str]:
                 found.update(dict.fromkeys(_below(Path(match)) if Path(match).is_dir() else [match]))
             if not matches:
                 found[word] = None
-    return list(found)
+    maps = _written_before(out) if out is not None else set()
+    return [path for path in found if path in words or os.path.realpath(path) not in maps]
+
+
+def _written_before(out: Path) -> set[str]:
+    """Return the heat maps that the rows in a folder name."""
+    try:
+        with (out / PREDICTIONS).open(newline="", encoding="utf-8") as file:
+            return {os.path.realpath(row["map"]) for row in csv.DictReader(file) if row.get("map")}
+    except (OSError, UnicodeDecodeError, csv.Error):
+        # None, or somebody else's.
+        return set()
 
 
 def _below(folder: Path) -> list[str]:

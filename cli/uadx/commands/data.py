@@ -68,15 +68,20 @@ def _some(counts: dict[str, int]) -> str:
 @app.command()
 def synth(
     out: Annotated[Path, typer.Argument(help="Folder to make.", metavar="OUT")],
-    size: Annotated[int, typer.Option("--size", help="Side of an image in pixels.")] = 256,
+    size: Annotated[int, typer.Option("--size", max=8192, help="Side of an image in pixels.")] = 256,
     train: Annotated[int, typer.Option("--train", help="Training images of each product.")] = 60,
     test: Annotated[int, typer.Option("--test", help="Good test images of each product; as many defective ones.")] = 24,
     product: Annotated[list[str] | None, typer.Option("--product", help="This product alone (repeatable).")] = None,
     seed: Annotated[int, typer.Option("--seed", help="The same seed makes the same images.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Make the synthetic products, with defects and masks, in MVTec AD layout."""
+    from uad_plugins.data.layouts import scan
     from uad_plugins.data.products.synthesis import synthesize
 
     with counting("drawing images") as progress:
         synthesize(out, products=product, side=size, train=train, test=test, seed=seed, progress=progress)
+    if as_json:
+        emit_json({"out": str(out), "categories": scan(out).categories, "train": train, "test": test, "size": size})
+        return
     say(str(out))

@@ -9,7 +9,7 @@ import typer
 
 from uad_plugins.config import from_assignments
 from uad_plugins.errors import UsageError, missing_extra
-from uadx.output import emit_json, note, program, say
+from uadx.output import command, emit_json, note, say
 
 
 def deploy(
@@ -72,4 +72,4 @@ def deploy(
     if manifest.checks:
         say(f"{target}: {len(manifest.checks)} rules checked, all kept")
     say(f"{out}: {manifest.precision} for {target}, {size / 1e6:.1f} MB, verified")
-    note(f"next: {program()} predict {out} IMAGES")
+    note(f"next: {command('predict', out)} IMAGES")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from uad_plugins.errors import missing_extra
-from uadx.output import counting, emit_json, note, table
+from uadx.output import counting, emit_json, note, result_folder, table
 
 
 def evaluate(
@@ -37,13 +37,16 @@ def evaluate(
     except ModuleNotFoundError as error:
         raise missing_extra("evaluating", "train", error) from error
     samples = scan(data, layout, category)
+    out = result_folder(out)
     with open_detector(run, engine) as detector, counting("scoring images") as progress:
         for name in sorted(set(samples.categories) - set(detector.categories)):
             note(f"warning: '{name}' was not trained on; it is judged by the pooled threshold")
         result = measure(detector, samples, out=out, all_maps=all_maps, progress=progress)
-        whole = set(detector.categories) <= set(samples.categories)
+        missing = sorted(set(detector.categories) - set(result.report["categories"]))
     report = result.report
-    if whole:
+    if missing and category is None:
+        note(f"warning: no test image of {', '.join(missing)}: not measured, and not in the mean")
+    if not missing:
         keep(run.expanduser(), data, report)
     if out is not None:
         write_report(result, out / "report.html", title="Evaluation", facts={"model": str(run), "data": data})

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from uad_plugins.errors import UsageError
-from uadx.output import counting, emit_json, emit_line, note, say
+from uadx.output import counting, emit_json, emit_line, note, result_folder, say
 
 
 def predict(
@@ -51,13 +51,14 @@ def predict(
         return
     from uad_plugins.artifacts import write_text
     from uad_plugins.detector import open_detector
-    from uad_plugins.evaluation.predict import find_images
+    from uad_plugins.evaluation.predict import PREDICTIONS, find_images
     from uad_plugins.evaluation.predict import predict as score
     from uad_plugins.evaluation.rows import to_csv
 
     if not paths:
         raise UsageError("no image to predict", "give files, folders or globs, or a folder to watch: --watch DIR")
-    files = find_images(paths)
+    out = result_folder(out)
+    files = find_images(paths, out)
     rows: list[dict[str, Any]] = []
     with open_detector(run, engine) as detector, counting("scoring images") as progress:
         for row in score(
@@ -74,8 +75,8 @@ def predict(
         if category is None and len(detector.categories) > 1:
             note("note: no --category given: judged by the threshold pooled over all of them")
     if out is not None:
-        write_text(out / "predictions.csv", to_csv(rows))
-        note(f"heat maps and predictions.csv: {out}")
+        write_text(out / PREDICTIONS, to_csv(rows))
+        note(f"heat maps and {PREDICTIONS}: {out}")
     failed = sum(row["error"] is not None for row in rows)
     if as_json:
         emit_json({"predictions": rows, "errors": failed})

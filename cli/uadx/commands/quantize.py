@@ -10,7 +10,7 @@ import typer
 from uad_plugins.config import from_assignments
 from uad_plugins.errors import UsageError, missing_extra
 from uad_plugins.quantized import MANIFEST
-from uadx.output import emit_json, note, program, say, table
+from uadx.output import command, emit_json, note, say, table
 
 
 def quantize(
@@ -97,4 +97,4 @@ def quantize(
         f"{out}: {manifest.precision}, audit passed; maps differ from FP32 by {100 * first['map_l2']:.1f} % "
         f"(rank correlation {first['map_rank']:.3f}) on {first['images']} held-out images"
     )
-    note(f"next: {program()} evaluate {out} DATA")
+    note(f"next: {command('evaluate', out)} DATA")

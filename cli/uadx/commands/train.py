@@ -9,7 +9,7 @@ import typer
 
 from uad_plugins.config import find_config, from_assignments, from_environment, merge, put, read_yaml, resolve
 from uad_plugins.errors import UsageError, missing_extra
-from uadx.output import counting, emit_json, note, program, say
+from uadx.output import command, counting, emit_json, note, say
 
 
 def train(
@@ -82,4 +82,4 @@ def train(
     loss = metrics["best_val_loss"]
     shown = f", held-out loss {loss:.4g}" if loss is not None else ""
     say(f"{out}: best epoch {metrics['best_epoch']} of {metrics['epochs']}{shown}, {metrics['seconds']:.0f} s")
-    note(f"next: {program()} evaluate {out} {data}")
+    note(f"next: {command('evaluate', out, data)}")

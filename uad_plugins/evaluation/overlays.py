@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
+
+from uad_plugins.artifacts import atomic_path
+from uad_plugins.imaging import ImageError, open_image
+
+MARK = "uadx"
+"""Key of the text in a heat map's file that tells it from an image of a part."""
 
 STRIP = 1 << 16
 """Pixels that are blended at once."""
@@ -64,6 +74,29 @@ def overlay(image: Image.Image, anomaly_map: NDArray[np.float32], threshold: flo
         weight = (0.75 * np.clip((heat - 0.2) / 0.4, 0, 1))[..., None]
         strip[:] = strip.astype(np.float32) * (1 - weight) + colours(heat) * weight
     return Image.fromarray(pixels)
+
+
+def save_overlay(picture: Image.Image, path: Path) -> None:
+    """Write a heat map as PNG, whole or not at all, marked so that ``is_overlay`` knows it wherever it is moved to.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    text = PngInfo()
+    text.add_text(MARK, "heat map")
+    with atomic_path(path) as temporary:
+        picture.save(temporary, format="PNG", compress_level=3, pnginfo=text)
+
+
+def is_overlay(path: str | os.PathLike[str]) -> bool:
+    """Tell whether a file is one that ``save_overlay`` wrote: a ``.png`` with its mark; the pixels are not decoded."""
+    if Path(path).suffix.lower() != ".png":
+        return False
+    try:
+        with open_image(path) as image:
+            return MARK in image.info
+    except ImageError:
+        return False
 
 
 def outline(image: Image.Image, mask: NDArray[np.bool_]) -> Image.Image:

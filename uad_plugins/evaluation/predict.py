@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 import glob
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import repeat
 from pathlib import Path
 from typing import Any
 
-from uad_plugins.artifacts import atomic_path
 from uad_plugins.data.layouts.walking import images
 from uad_plugins.detector import BATCH_SIZE, Detector, Prediction
 from uad_plugins.errors import UsageError, reason_of, unknown_name
-from uad_plugins.evaluation.overlays import overlay
+from uad_plugins.evaluation.overlays import is_overlay, overlay, save_overlay
 from uad_plugins.evaluation.rows import ERROR, picture_names, plain_threshold, verdict
 from uad_plugins.imaging import ImageError, read_rgb
 from uad_plugins.progress import Progress
@@ -23,14 +20,11 @@ PREDICTIONS = "predictions.csv"
 """The rows, beside the heat maps."""
 
 
-def find_images(words: Sequence[str], out: Path | None = None) -> list[str]:
+def find_images(words: Sequence[str]) -> list[str]:
     """Turn files, folders and globs into a list of image paths, in the order given, each once.
 
-    A word that names nothing stays in the list: it will get an error in its row.
-
-    Args:
-        words: As typed.
-        out: Folder for heat maps: those that an earlier call has written there are left out, unless typed themselves.
+    A word that names nothing stays in the list: it will get an error in its row. Heat maps of earlier calls are left out
+    of folders and globs; a file that was named itself is taken whatever it is.
     """
     found: dict[str, None] = {}
     for word in words:
@@ -42,29 +36,22 @@ def find_images(words: Sequence[str], out: Path | None = None) -> list[str]:
         else:
             matches = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207
             for match in matches:
-                found.update(dict.fromkeys(_below(Path(match)) if Path(match).is_dir() else [match]))
+                found.update(dict.fromkeys(_below(Path(match)) if Path(match).is_dir() else _no_overlays([match])))
             if not matches:
                 found[word] = None
-    maps = _written_before(out) if out is not None else set()
-    return [path for path in found if path in words or os.path.realpath(path) not in maps]
-
-
-def _written_before(out: Path) -> set[str]:
-    """Return the heat maps that the rows in a folder name."""
-    try:
-        with (out / PREDICTIONS).open(newline="", encoding="utf-8") as file:
-            return {os.path.realpath(row["map"]) for row in csv.DictReader(file) if row.get("map")}
-    except (OSError, UnicodeDecodeError, csv.Error):
-        # None, or somebody else's.
-        return set()
+    return list(found)
 
 
 def _below(folder: Path) -> list[str]:
     """Return the images below a folder; one that may not be read stands for itself, and gets an error in its row."""
     try:
-        return sorted(images(folder))
+        return _no_overlays(sorted(images(folder)))
     except PermissionError:
         return [str(folder)]
+
+
+def _no_overlays(paths: list[str]) -> list[str]:
+    return [path for path in paths if not is_overlay(path)]
 
 
 def predict(
@@ -98,7 +85,8 @@ def predict(
     if category is not None and category not in detector.categories:
         raise unknown_name("category", category, detector.categories)
     if not paths:
-        raise UsageError("no image to predict", "give files, folders or globs; PNG, JPEG, BMP, TIFF and WebP are read")
+        readable = "PNG, JPEG, BMP, TIFF and WebP are read, heat maps only where the file itself is named"
+        raise UsageError("no image to predict", f"give files, folders or globs; {readable}")
     threshold = detector.thresholds.of(category)
     names = picture_names(paths, ".png", out) if names is None and out is not None else names or {}
     predictions = detector.stream(paths, categories=repeat(category), batch_size=batch_size)
@@ -133,8 +121,7 @@ def _write_overlay(prediction: Prediction, threshold: float, path: Path, row: di
         row["verdict"], row["error"] = ERROR, error.message
         return None
     try:
-        with atomic_path(path) as temporary:
-            overlay(image, prediction.anomaly_map, threshold).save(temporary, format="PNG", compress_level=3)
+        save_overlay(overlay(image, prediction.anomaly_map, threshold), path)
     except OSError as error:
         # A name too long, a full disk: the images after it must not suffer from it.
         row["verdict"], row["error"] = ERROR, f"its heat map cannot be written: {error.strerror or reason_of(error)}"

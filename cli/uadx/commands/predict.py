@@ -44,7 +44,8 @@ def predict(
 ) -> None:
     """Find anomalies in images: score, threshold, verdict and heat map for each.
 
-    An image that cannot be read gets an error in its row, the others go on, and the exit status is 1.
+    An image that cannot be read gets an error in its row, the others go on, and the exit status is 1. Heat maps
+    of earlier calls are left out of folders and globs.
     """
     if watch is not None:
         _watch(run, paths, watch, out, category, batch_size, engine, as_json)
@@ -58,7 +59,7 @@ def predict(
     if not paths:
         raise UsageError("no image to predict", "give files, folders or globs, or a folder to watch: --watch DIR")
     out = result_folder(out)
-    files = find_images(paths, out)
+    files = find_images(paths)
     rows: list[dict[str, Any]] = []
     with open_detector(run, engine) as detector, counting("scoring images") as progress:
         for row in score(

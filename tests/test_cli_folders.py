@@ -1,0 +1,57 @@
+"""The command line: what it finds in folders, and where it writes."""
+
+import json
+import shutil
+
+import numpy as np
+from PIL import Image
+
+from uad_plugins.evaluation.overlays import is_overlay, save_overlay
+from uad_plugins.evaluation.predict import find_images
+
+
+def test_heat_maps_are_known_wherever_one_stands(uadx, products, bundle, tmp_path, monkeypatch):
+    """From another working folder, after another call has replaced predictions.csv, and moved to another place."""
+    folder = shutil.copytree(products / "washer" / "test" / "good", tmp_path / "here" / "images")
+    known = sorted(path.name for path in folder.iterdir())
+
+    def predicted(*words):
+        status, out, err = uadx("predict", bundle, *words, "--json")
+        assert status == 0, err
+        return sorted(row["path"] for row in json.loads(out)["predictions"])
+
+    monkeypatch.chdir(tmp_path / "here")
+    assert predicted("images", "--out", "images") == [f"images/{name}" for name in known]
+    monkeypatch.chdir(tmp_path)
+    assert predicted("here/images", "--out", "here/images") == [f"here/images/{name}" for name in known]
+    predicted(folder / known[0], "--out", folder)
+    assert predicted(folder, "--out", folder) == [str(folder / name) for name in known]
+    assert predicted("here/*/*.png") == [f"here/images/{name}" for name in known]
+    moved = shutil.copytree(folder, tmp_path / "moved", ignore=shutil.ignore_patterns("*.csv"))
+    assert predicted(moved) == [str(moved / name) for name in known]
+    # Asked for by its name it is one.
+    heat = next(str(path) for path in moved.iterdir() if path.name not in known)
+    assert predicted(moved, heat) == sorted([*(str(moved / name) for name in known), heat])
+
+
+def test_a_folder_of_heat_maps_alone_holds_no_image(uadx, products, bundle, tmp_path):
+    assert uadx("predict", bundle, products / "washer" / "test" / "good", "--out", tmp_path / "maps")[0] == 0
+    status, _, err = uadx("predict", bundle, tmp_path / "maps")
+    assert (status, err.splitlines()[0]) == (2, "error: no image to predict")
+    assert "heat maps only where the file itself is named" in err
+
+
+def test_a_heat_map_is_told_by_its_mark_alone(tmp_path):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 8, 3)).astype(np.uint8))
+    save_overlay(picture, tmp_path / "deep" / "heat.png")
+    assert is_overlay(tmp_path / "deep" / "heat.png")
+    with Image.open(tmp_path / "deep" / "heat.png") as written:
+        np.testing.assert_array_equal(np.asarray(written), np.asarray(picture))
+    picture.save(tmp_path / "part_map.png")
+    picture.save(tmp_path / "part.JPG")
+    (tmp_path / "bad.png").write_bytes(b"uadx")
+    (tmp_path / "empty.png").touch()
+    others = sorted(str(path) for path in tmp_path.glob("*.*"))
+    assert not any(map(is_overlay, [*others, str(tmp_path / "gone.png")]))
+    # What cannot be read stays, and gets an error in its row.
+    assert find_images([str(tmp_path)]) == others

@@ -29,10 +29,14 @@ def test_a_folder_beside_which_nothing_can_be_written_is_refused_in_one_line(tmp
     assert error.value.hint.endswith(f"such as {out}/run")
 
 
-def test_a_file_in_the_way_of_a_folder_is_named(tmp_path):
+@pytest.mark.parametrize(
+    ("place", "message"), [("file/run", "file: cannot be written to: File exists"), ("file/deep/run", "Not a directory")]
+)
+def test_a_file_in_the_way_of_a_folder_is_named(tmp_path, place, message):
     (tmp_path / "file").touch()
-    with pytest.raises(UadxError, match="file: cannot be written to: File exists"), locked(tmp_path / "file" / "run"):
+    with pytest.raises(UadxError, match=message) as error, locked(tmp_path / place):
         pass
+    assert error.value.hint == "a file is where a folder is needed: name another place"
 
 
 def test_a_link_is_followed_and_stays(products, trained, tmp_path):

@@ -50,10 +50,12 @@ def locked(folder: Path) -> Iterator[None]:
         folder.parent.mkdir(parents=True, exist_ok=True)
         opened = None if fcntl is None or not main_process() else path.open("w")
     except OSError as error:
-        raise UadxError(
-            f"{folder.parent}: cannot be written to: {error.strerror}",
-            f"what is written to a folder is made ready beside it: name one inside a folder of yours, such as {folder}/run",
-        ) from error
+        if isinstance(error, FileExistsError | NotADirectoryError):
+            hint = "a file is where a folder is needed: name another place"
+        else:
+            example = f"name one inside a folder of yours, such as {folder}/run"
+            hint = f"what is written to a folder is made ready beside it: {example}"
+        raise UadxError(f"{folder.parent}: cannot be written to: {error.strerror}", hint) from error
     if opened is None:
         yield
         return

@@ -55,3 +55,17 @@ def test_a_heat_map_is_told_by_its_mark_alone(tmp_path):
     assert not any(map(is_overlay, [*others, str(tmp_path / "gone.png")]))
     # What cannot be read stays, and gets an error in its row.
     assert find_images([str(tmp_path)]) == others
+
+
+def test_what_doctor_says_to_run_can_be_copied(uadx, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    status, out, _ = uadx("doctor", "--json")
+    assert status == 0
+    missing = [item for item in json.loads(out)["components"] if not item["usable"]]
+    assert {item["name"] for item in missing} >= {"torch", "tensorrt", "pycuda", "openvino-int8"}
+    assert [item["fix"] for item in missing if "#" in item["fix"]] == []
+    fixes = {item["fix"] for item in missing if item["name"] in {"tensorrt", "pycuda"}}
+    assert fixes == {"pip install 'uadx[tensorrt]'"}
+    (engine,) = [item["detail"] for item in missing if (item["kind"], item["name"]) == ("runtime", "tensorrt")]
+    reasons = "tensorrt not installed (needs an NVIDIA GPU; JetPack brings it); pycuda not installed (needs an NVIDIA GPU)"
+    assert engine == f"needs {reasons}"

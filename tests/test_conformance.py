@@ -223,6 +223,10 @@ def test_a_kit_without_a_plugin_or_an_example_says_what_to_set(tmp_path):
             {"test_its_requirements_can_be_installed"},
         ),
         (
+            RuntimePlugin("broken", "a runtime", lambda folder: None, (Requirement("acme", "pip install it  # a GPU"),)),
+            {"test_its_requirements_can_be_installed"},
+        ),
+        (
             RuntimePlugin("broken", "a runtime", lambda folder: None, (Requirement("json", "pip install it", lambda: ""),)),
             {"test_its_requirements_can_be_installed"},
         ),

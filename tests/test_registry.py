@@ -247,3 +247,15 @@ def test_a_requirement_below_a_package_that_is_not_there_is_missing():
 
     found = examine(Requirement("no_such_package.part", "pip install it"))
     assert (found.usable, found.detail, found.fix) == (False, "not installed", "pip install it")
+
+
+def test_what_no_command_provides_stands_beside_the_reason():
+    from uad_plugins.doctor import examine
+    from uad_plugins.hookspecs import Requirement
+
+    found = examine(Requirement("no_such_package", "pip install it", needs="a GPU"))
+    assert (found.usable, found.detail, found.fix) == (False, "not installed (needs a GPU)", "pip install it")
+    found = examine(Requirement("json", "pip install it", lambda: "no driver", needs="a GPU"))
+    assert (found.usable, found.detail, found.fix) == (False, "installed: no driver (needs a GPU)", "pip install it")
+    found = examine(Requirement("json", "pip install it", lambda: None, needs="a GPU"))
+    assert (found.usable, found.detail, found.fix) == (True, "installed", "")

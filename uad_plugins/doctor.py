@@ -71,8 +71,8 @@ PACKAGES: tuple[Requirement, ...] = (
     Requirement("nncf", "pip install 'uadx[openvino]'"),
     Requirement("onnx", "pip install 'uadx[onnx]'"),
     Requirement("onnxruntime", "pip install 'uadx[onnx]'", _onnxruntime),
-    Requirement("tensorrt", "pip install 'uadx[tensorrt]'  # needs an NVIDIA GPU; JetPack brings it", _tensorrt),
-    Requirement("pycuda", "pip install 'uadx[tensorrt]'  # needs an NVIDIA GPU", _pycuda),
+    Requirement("tensorrt", "pip install 'uadx[tensorrt]'", _tensorrt, needs="an NVIDIA GPU; JetPack brings it"),
+    Requirement("pycuda", "pip install 'uadx[tensorrt]'", _pycuda, needs="an NVIDIA GPU"),
 )
 """What backends are built on, with a small trial of each that needs hardware or libraries."""
 
@@ -85,7 +85,7 @@ def examine(requirement: Requirement) -> Diagnosis:
         # The package that the module would be part of is not there either.
         found = None
     if found is None:
-        return Diagnosis("package", requirement.module, False, "not installed", requirement.install)
+        return _unusable(requirement, "not installed")
     try:
         version = importlib.metadata.version(requirement.module)
     except importlib.metadata.PackageNotFoundError:
@@ -96,8 +96,13 @@ def examine(requirement: Requirement) -> Diagnosis:
         # A broken driver or library can raise anything at all.
         reason = f"{type(error).__name__}: {reason_of(error)}"
     if reason is not None:
-        return Diagnosis("package", requirement.module, False, f"{version}: {reason}", requirement.install)
+        return _unusable(requirement, f"{version}: {reason}")
     return Diagnosis("package", requirement.module, True, version)
+
+
+def _unusable(requirement: Requirement, reason: str) -> Diagnosis:
+    needs = f" (needs {requirement.needs})" if requirement.needs else ""
+    return Diagnosis("package", requirement.module, False, reason + needs, requirement.install)
 
 
 def diagnose() -> list[Diagnosis]:

@@ -92,13 +92,15 @@ class Requirement:
 
     Attributes:
         module: Import name to look for.
-        install: The command that provides it.
+        install: The command that provides it, to copy as it is.
         check: Runs after the module was found; returns None when usable, else the reason why not.
+        needs: What no command provides, such as a device; shown beside the reason why it cannot be used.
     """
 
     module: str
     install: str
     check: Callable[[], str | None] | None = None
+    needs: str = ""
 
 
 class NoOptions(BaseModel):

@@ -76,6 +76,7 @@ class QuantizerConformance(Conformance[QuantizerPlugin]):
         for requirement in self.item.requires:
             assert requirement.module.strip(), f"a requirement names the module to look for: {requirement}"
             assert len(requirement.install.split()) > 1, f"a requirement has an install command to copy: {requirement}"
+            assert " #" not in requirement.install, f"what no command provides is in 'needs': {requirement}"
 
     def test_the_result_is_good(self, made: tuple[Path, Path]) -> None:
         """It passed the audit of its profile and the comparison with FP32."""

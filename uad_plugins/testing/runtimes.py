@@ -72,6 +72,7 @@ class RuntimeConformance(Conformance[RuntimePlugin]):
         for requirement in self.item.requires:
             assert requirement.module.strip(), f"a requirement names the module to look for: {requirement}"
             assert len(requirement.install.split()) > 1, f"a requirement has an install command to copy: {requirement}"
+            assert " #" not in requirement.install, f"what no command provides is in 'needs': {requirement}"
             assert len(requirement.install.splitlines()) == 1, f"an install command is one line: {requirement}"
             if requirement.check is not None and _found(requirement.module):
                 reason = requirement.check()

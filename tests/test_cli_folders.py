@@ -4,8 +4,10 @@ import json
 import shutil
 
 import numpy as np
+import pytest
 from PIL import Image
 
+from uad_plugins.errors import UadxError
 from uad_plugins.evaluation.overlays import is_overlay, save_overlay
 from uad_plugins.evaluation.predict import find_images
 
@@ -69,3 +71,54 @@ def test_what_doctor_says_to_run_can_be_copied(uadx, monkeypatch):
     (engine,) = [item["detail"] for item in missing if (item["kind"], item["name"]) == ("runtime", "tensorrt")]
     reasons = "tensorrt not installed (needs an NVIDIA GPU; JetPack brings it); pycuda not installed (needs an NVIDIA GPU)"
     assert engine == f"needs {reasons}"
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    yield tmp_path / "home"
+    # Nothing was written to a folder that is called "~".
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_synthetic_products_in_the_home_folder(uadx, home):
+    words = ("--size", 32, "--train", 2, "--test", 0, "--product", "washer")
+    assert uadx("data", "synth", "~/d", *words)[:2] == (0, f"{home / 'd'}\n")
+    assert sum(1 for _ in (home / "d").rglob("*.png")) == 2
+
+
+def test_a_quickstart_in_the_home_folder(uadx, home, monkeypatch):
+    def begun(out, **_):
+        raise UadxError(f"begun in {out}")
+
+    monkeypatch.setattr("uad_plugins.quickstart.run_quickstart", begun)
+    assert uadx("quickstart", "--out", "~/q") == (1, "", f"error: begun in {home / 'q'}\n")
+
+
+def test_a_teacher_in_the_home_folder(uadx, home, monkeypatch):
+    from uad_plugins.models.uninformed_students import teachers
+
+    words = ("teacher", "distill", "procedural", "--weights", "bundled", "--out", "~/t.safetensors")
+    written = []
+    record = teachers.TeacherRecord(**dict.fromkeys(teachers.TeacherRecord.__dataclass_fields__, 0))
+    monkeypatch.setattr(teachers, "distilled_teacher", lambda *_, **__: (None, record))
+    monkeypatch.setattr(teachers, "save_teacher", lambda teacher, record, path, dtype: written.append(path))
+    assert uadx(*words)[0] == 0
+    assert written == [home / "t.safetensors"]
+    home.mkdir()
+    written[0].touch()
+    assert f"error: {home / 't.safetensors'}: exists\n" in uadx(*words)[2]
+
+
+def test_wrong_settings_delete_no_earlier_quickstart(tmp_path):
+    from uad_plugins.quickstart import MARK, run_quickstart
+
+    (tmp_path / "q" / "run").mkdir(parents=True)
+    for name in (MARK, "report.html"):
+        (tmp_path / "q" / name).touch()
+    for out in (tmp_path / "q", tmp_path / "new"):
+        with pytest.raises(UadxError, match="image_size"):
+            run_quickstart(out, overwrite=True, side=16, tell=lambda _: None)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == sorted([MARK, "q", "report.html", "run"])

@@ -77,7 +77,15 @@ def run_quickstart(
 
     Raises:
         UadxError: The folder exists.
+        UsageError: A setting is wrong; nothing is deleted then.
     """
+    flags: dict[str, Any] = {}
+    if epochs is not None:
+        flags["trainer"] = {"max_epochs": epochs}
+    if side is not None:
+        flags["data"] = {"image_size": side}
+    # Before anything is deleted: it may be refused.
+    config = resolve(file=recipe_path("quickstart"), flags=flags, environment={})
     if out.exists() and any(out.iterdir()):
         if not (out / MARK).is_file():
             raise UadxError(f"{out}: exists and is not empty", "name a new folder with --out")
@@ -86,12 +94,6 @@ def run_quickstart(
         _discard(out)
     out.mkdir(parents=True, exist_ok=True)
     (out / MARK).touch()
-    flags: dict[str, Any] = {}
-    if epochs is not None:
-        flags["trainer"] = {"max_epochs": epochs}
-    if side is not None:
-        flags["data"] = {"image_size": side}
-    config = resolve(file=recipe_path("quickstart"), flags=flags, environment={})
     seconds: dict[str, float] = {}
 
     @contextmanager

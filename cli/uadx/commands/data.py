@@ -79,6 +79,7 @@ def synth(
     from uad_plugins.data.layouts import scan
     from uad_plugins.data.products.synthesis import synthesize
 
+    out = out.expanduser()
     with counting("drawing images") as progress:
         synthesize(out, products=product, side=size, train=train, test=test, seed=seed, progress=progress)
     if as_json:

@@ -27,6 +27,7 @@ def quickstart(
         from uad_plugins.quickstart import run_quickstart
     except ModuleNotFoundError as error:
         raise missing_extra("the quickstart", "train", error) from error
+    out = out.expanduser()
     result = run_quickstart(out, overwrite=overwrite, epochs=epochs, side=image_size, tell=note)
     report = result.evaluation.report
     if as_json:

@@ -79,6 +79,7 @@ def distill(
         raise UsageError(f"--patch-size {patch_size}: there is no such patch network", "17, 33 or 65")
     if out is not None and len(patch_sizes) > 1:
         raise UsageError("--out takes one teacher", f"choose one with --patch-size: {', '.join(map(str, patch_sizes))}")
+    out = out.expanduser() if out is not None else None
     if out is not None and out.exists():
         raise UadxError(f"{out}: exists", "name another file")
     try:

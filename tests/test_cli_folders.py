@@ -1,7 +1,10 @@
-"""The command line: what it finds in folders, and where it writes."""
+"""The command line: what it finds in folders and on the machine, and where it writes."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -122,3 +125,21 @@ def test_wrong_settings_delete_no_earlier_quickstart(tmp_path):
         with pytest.raises(UadxError, match="image_size"):
             run_quickstart(out, overwrite=True, side=16, tell=lambda _: None)
     assert sorted(path.name for path in tmp_path.rglob("*")) == sorted([MARK, "q", "report.html", "run"])
+
+
+def test_a_compiler_without_a_gpu_is_nothing_to_warn_of(tmp_path):
+    """As on a build machine: torch's door to the compiler, which engines may open in their trial, misses the GPU."""
+    code = (
+        "import importlib\nfrom uadx.app import main\nfrom uad_plugins import doctor\n"
+        "from uad_plugins.hookspecs import Requirement\n"
+        "def trial():\n    return importlib.import_module('torch.utils.cpp_extension').CUDA_HOME\n"
+        "doctor.PACKAGES += (Requirement('torch.utils.cpp_extension', 'pip install it', trial),)\nmain(['doctor', '--json'])"
+    )
+    environment = {**os.environ, "CUDA_HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("UADX_DEBUG", None)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    document = json.loads(done.stdout)
+    assert "gpus" not in document["machine"]
+    # The compiler was looked for, and found.
+    assert f"installed: {tmp_path}" in [item["detail"] for item in document["components"]]

@@ -13,6 +13,8 @@ import pytest
 from jetson_device import PACKAGE, SIZE, TENSORS, Device, write_bundle
 from PIL import Image
 
+from uad_plugins.evaluation.overlays import save_overlay
+from uad_plugins.evaluation.predict import find_images
 from uad_plugins.imaging import read_rgb
 
 TENSOR_FUNCTIONS = (
@@ -308,6 +310,21 @@ def test_heat_maps_are_written_at_the_size_of_the_source(tmp_path, photos):
     # The map grows from its first to its last pixel, so the picture must differ more and more from its source.
     difference = np.abs(shown[2] - np.asarray(read_rgb(photos[1])))
     assert difference[-1, -1].sum() > difference[0, 0].sum()
+
+
+def test_heat_maps_are_no_images_here_or_there(tmp_path, photos):
+    device = Device("10.3", write_bundle(tmp_path / "bundle"))
+    folder = photos[0].parent
+    first = device.run("predict", str(folder), "--out", str(folder)).rows
+    second = device.run("predict", str(folder), "--out", str(folder)).rows
+    assert len(first) == 10
+    assert [row["path"] for row in second] == [row["path"] for row in first]
+    # uadx knows those of the device; typed by its name, one is an image.
+    assert find_images([str(folder)]) == [row["path"] for row in first]
+    assert len(device.run("predict", first[0]["map"]).rows) == 1
+    ours = folder / "ours.png"
+    save_overlay(Image.new("RGB", (8, 6)), ours)
+    assert len(device.run("predict", str(folder)).rows) == 10
 
 
 def test_a_folder_that_cannot_be_listed_gets_an_error_and_the_rest_go_on(device, photos, closed):

@@ -6,9 +6,9 @@ import pytest
 import torch
 from anomalib.models import ReverseDistillation as AnomalibReverseDistillation
 from anomalib.models import Stfpm as AnomalibStfpm
-from anomalib.models.components import AnomalibModule
 from anomalib.models.image.reverse_distillation.loss import ReverseDistillationLoss
 from anomalib.models.image.stfpm.loss import STFPMLoss
+from students import SIZE, build, features, randomised
 from torch.nn import functional as F
 
 from uad_plugins.config import OptimizerConfig
@@ -19,33 +19,6 @@ from uad_plugins.models.backbones import CHECKPOINT, alias, backbone_weights
 from uad_plugins.models.recipe import learning_rate_factor
 from uad_plugins.models.reverse_distillation import AnyLayoutLoss
 from uad_plugins.models.stfpm import MeanSTFPMLoss
-
-SIZE = (64, 64)
-
-
-def features(batch, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return {f"layer{i}": torch.randn(batch, 8 * i, 8, 8, generator=generator) for i in (1, 2, 3)}
-
-
-def build(cls, **options):
-    torch.manual_seed(0)
-    return cls(
-        backbone="resnet18",
-        weights="bundled",
-        pre_processor=AnomalibModule.configure_pre_processor(SIZE),
-        visualizer=False,
-        **options,
-    )
-
-
-def randomised(model):
-    """Give every BatchNorm of the student a scale: timm starts the last one of a block at zero."""
-    torch.manual_seed(1)
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d) and module.weight.requires_grad:
-            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
-    return model
 
 
 @pytest.mark.parametrize("batch", [1, 2, 7])

@@ -11,17 +11,33 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from uad_plugins.config import TrainConfig, recipe_path
 from uad_plugins.errors import UsageError, missing_extra
-from uad_plugins.hookspecs import ModelPlugin, NoOptions, Requirement, RuntimePlugin, hookimpl
+from uad_plugins.hookspecs import ModelPlugin, Requirement, RuntimePlugin, hookimpl
 from uad_plugins.models.uninformed_students.options import UninformedStudentsOptions
 
 if TYPE_CHECKING:
     from uad_plugins.detector import Detector
 
 
-class ReverseDistillationOptions(BaseModel):
-    """Options of Reverse Distillation."""
+class SyntheticAnomalyOptions(BaseModel):
+    """Training on images into which synthetic defects are drawn."""
 
     model_config = ConfigDict(extra="forbid")
+
+    synthetic_anomalies: float = Field(
+        0.0, ge=0, le=1, description="Share of the training images that get a synthetic defect; 0 is the published recipe."
+    )
+
+
+class StfpmOptions(SyntheticAnomalyOptions):
+    """Options of STFPM."""
+
+    anomaly_weight: float = Field(
+        3.0, gt=0, description="Weight of the distance from the teacher that the student keeps on synthetic defects."
+    )
+
+
+class ReverseDistillationOptions(SyntheticAnomalyOptions):
+    """Options of Reverse Distillation."""
 
     anomaly_map_mode: str = Field("add", pattern="^(add|multiply)$", description="How the maps of the layers are combined.")
 
@@ -52,7 +68,7 @@ def _build_stfpm(config: TrainConfig) -> Any:
     with _train_extra():
         from uad_plugins.models.stfpm import Stfpm
 
-        return Stfpm(**_common(config))
+        return Stfpm(**StfpmOptions.model_validate(config.model.options).model_dump(), **_common(config))
 
 
 def _load_stfpm(checkpoint: Path, _config: TrainConfig) -> Any:
@@ -151,7 +167,7 @@ def uadx_register_models() -> list[ModelPlugin]:
             summary="Student-Teacher Feature Pyramid Matching (arXiv 2103.04257)",
             build=_build_stfpm,
             load=_load_stfpm,
-            options=NoOptions,
+            options=StfpmOptions,
             recipe=recipe_path("stfpm"),
             backbones=_timm_resnets,
             supports=frozenset({"export", "qat"}),

@@ -21,6 +21,7 @@ from uad_plugins.config import OptimizerConfig
 from uad_plugins.errors import UsageError
 from uad_plugins.models.backbones import CHECKPOINT, HUB, load_backbone, require_architecture
 from uad_plugins.models.recipe import DistillationRecipe
+from uad_plugins.models.synthetic_anomalies import SyntheticAnomalies
 
 LAYERS = ("layer1", "layer2", "layer3")
 RECIPE = OptimizerConfig(name="adam", lr=5e-3, betas=(0.5, 0.999), weight_decay=1e-5)
@@ -60,6 +61,8 @@ class ReverseDistillation(DistillationRecipe, AnomalibReverseDistillation):
         anomaly_map_mode: ``add`` or ``multiply`` the maps of the layers.
         weights: Encoder weights: ``hub``, ``bundled`` or a path.
         optimizer: See ``OptimizerConfig``; None is the published recipe (Adam 5e-3).
+        synthetic_anomalies: Share of the training images in which the decoder gets a synthetic defect, 0..1, and has to
+            restore the features of the good part. 0 is the published recipe.
         pre_processor: See anomalib.
         post_processor: See anomalib.
         evaluator: See anomalib.
@@ -78,6 +81,7 @@ class ReverseDistillation(DistillationRecipe, AnomalibReverseDistillation):
         anomaly_map_mode: AnomalyMapGenerationMode = AnomalyMapGenerationMode.ADD,
         weights: str = HUB,
         optimizer: Mapping[str, Any] | None = None,
+        synthetic_anomalies: float = 0.0,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
@@ -103,10 +107,21 @@ class ReverseDistillation(DistillationRecipe, AnomalibReverseDistillation):
         self.set_recipe(optimizer, RECIPE)
         self.model.to(memory_format=torch.channels_last)
         self.loss = AnyLayoutLoss()
+        self.anomalies = SyntheticAnomalies(synthetic_anomalies) if synthetic_anomalies else None
 
     def trained_parameters(self) -> Iterable[nn.Parameter]:
         """Return the parameters of bottleneck and decoder."""
         return chain(self.model.decoder.parameters(), self.model.bottleneck.parameters())
+
+    def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return the loss of a batch."""
+        if self.anomalies is None:
+            return super().training_step(batch, *args, **kwargs)
+        images, _ = self.anomalies.draw(batch.image, self.pre_processor.transform)
+        _, decoded = self.model(images)
+        loss = self.loss(list(self.model.encoder(batch.image).values()), decoded)
+        self.log("train_loss", loss.detach(), on_epoch=True, prog_bar=True, batch_size=len(images))
+        return {"loss": loss}
 
     @staticmethod
     def distil(network: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

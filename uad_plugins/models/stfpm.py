@@ -1,4 +1,4 @@
-"""Student-Teacher Feature Pyramid Matching: anomalib's model with offline weights and a loss that is a mean."""
+"""Student-Teacher Feature Pyramid Matching: anomalib's model, offline weights, a mean as loss, synthetic anomalies."""
 
 from __future__ import annotations
 
@@ -18,9 +18,46 @@ from torch.nn import functional as F
 from uad_plugins.config import OptimizerConfig
 from uad_plugins.models.backbones import HUB, alias, backbone_weights, require_architecture
 from uad_plugins.models.recipe import DistillationRecipe
+from uad_plugins.models.synthetic_anomalies import SyntheticAnomalies
 
 LAYERS = ("layer1", "layer2", "layer3")
 RECIPE = OptimizerConfig(name="sgd", lr=0.4, momentum=0.9, weight_decay=1e-4)
+
+ANOMALY_WEIGHT = 3.0
+
+Features = Mapping[str, torch.Tensor]
+
+MARGIN = 1.0
+"""Squared distance from the teacher that a student has to keep on synthetic anomalies; unrelated descriptors are 2 apart."""
+
+INTACT, REPLACED = 0.02, 0.2
+"""Share of a descriptor's cell up to which it counts as good, and from which as anomalous; between them it is neither."""
+
+
+def distances(teacher: Features, student: Features) -> list[torch.Tensor]:
+    """Return the squared distances of unit descriptors, 0..4, ``(B, h, w)`` of each layer (arXiv 2103.04257, equation 1)."""
+    return [(F.normalize(teacher[layer]) - F.normalize(student[layer])).square().sum(dim=1) for layer in teacher]
+
+
+def anomaly_loss(teacher: Features, student: Features, replaced: torch.Tensor, weight: float) -> torch.Tensor:
+    """Pull the student to its teacher where the part is good, and away from it where a defect was drawn.
+
+    Args:
+        teacher: Features ``(B, C, h, w)`` by layer.
+        student: The same of the student.
+        replaced: Share of each pixel that a defect replaced, float32 ``(B, 1, H, W)``, 0..1.
+        weight: Of the second part, a hinge at ``MARGIN``.
+
+    Returns:
+        The loss of each image, ``(B,)``: that of the method where nothing is replaced.
+    """
+    losses = []
+    for distance in distances(teacher, student):
+        covered = F.interpolate(replaced, distance.shape[-2:], mode="area")[:, 0]
+        good = distance * (covered <= INTACT)
+        near = F.relu(MARGIN - distance) * (covered >= REPLACED)
+        losses.append((good + weight * near).mean(dim=(1, 2)))
+    return torch.stack(losses).sum(dim=0)
 
 
 class MeanSTFPMLoss(STFPMLoss):
@@ -48,6 +85,9 @@ class Stfpm(DistillationRecipe, AnomalibStfpm):
         layers: Layers whose features are matched.
         weights: Teacher weights: ``hub``, ``bundled`` or a path.
         optimizer: See ``OptimizerConfig``; None is the published recipe (SGD 0.4).
+        synthetic_anomalies: Share of the training images that get a synthetic defect, 0..1, in which the student has to keep
+            its distance from the teacher. 0 is the published recipe.
+        anomaly_weight: Weight of that part of the loss.
         pre_processor: See anomalib.
         post_processor: See anomalib.
         evaluator: See anomalib.
@@ -64,6 +104,8 @@ class Stfpm(DistillationRecipe, AnomalibStfpm):
         layers: Sequence[str] = LAYERS,
         weights: str = HUB,
         optimizer: Mapping[str, Any] | None = None,
+        synthetic_anomalies: float = 0.0,
+        anomaly_weight: float = ANOMALY_WEIGHT,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
@@ -84,21 +126,30 @@ class Stfpm(DistillationRecipe, AnomalibStfpm):
         self.model.backbone = backbone
         self.model.to(memory_format=torch.channels_last)
         self.loss = MeanSTFPMLoss()
+        self.anomalies = SyntheticAnomalies(synthetic_anomalies) if synthetic_anomalies else None
+        self.anomaly_weight = anomaly_weight
 
     def trained_parameters(self) -> Iterable[nn.Parameter]:
         """Return the student's parameters."""
         parameters: Iterable[nn.Parameter] = self.model.student_model.parameters()
         return parameters
 
+    def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return the loss of a batch."""
+        if self.anomalies is None:
+            return super().training_step(batch, *args, **kwargs)
+        images, replaced = self.anomalies.draw(batch.image, self.pre_processor.transform)
+        teacher, student = self.model(images)
+        loss = anomaly_loss(teacher, student, replaced, self.anomaly_weight).mean()
+        self.log("train_loss", loss.detach(), on_epoch=True, prog_bar=True, batch_size=len(images))
+        return {"loss": loss}
+
     @staticmethod
     def distil(network: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the loss of each image and the anomaly maps; see ``DistillationRecipe``."""
         model: Any = network
         teacher, student = model.teacher_model(images), model.student_model(images)
-        losses = [
-            (F.normalize(teacher[layer]) - F.normalize(student[layer])).square().sum(dim=1).mean(dim=(1, 2))
-            for layer in teacher
-        ]
+        losses = [distance.mean(dim=(1, 2)) for distance in distances(teacher, student)]
         anomaly_map = model.anomaly_map_generator(
             teacher_features=teacher, student_features=student, image_size=images.shape[-2:]
         )

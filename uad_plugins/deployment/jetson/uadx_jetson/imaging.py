@@ -21,6 +21,9 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 FORMATS = ("PNG", "JPEG", "BMP", "DIB", "TIFF", "WEBP")
 MAX_PIXELS = 1 << 27
 
+MARK = "uadx"
+"""Key of the text in a heat map's file that tells it from an image of a part."""
+
 # The limit above is the runner's own; Pillow's warning at two thirds of it would only repeat it.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
@@ -102,7 +105,8 @@ class Normaliser:
 def find_images(words: Iterable[str]) -> list[str]:
     """Turn files and folders into image paths, each once, in the order given; folders at any depth, sorted.
 
-    What does not exist or may not be read stays in the list: it gets an error in its row.
+    What does not exist or may not be read stays in the list: it gets an error in its row. Heat maps of earlier calls are
+    left out of folders; a file that was named itself is taken whatever it is.
     """
     found: dict[str, None] = {}
     for word in words:
@@ -113,9 +117,20 @@ def find_images(words: Iterable[str]) -> list[str]:
 
 def _below(folder: str) -> list[str]:
     try:
-        return sorted(_walked(folder))
+        return [path for path in sorted(_walked(folder)) if not is_overlay(path)]
     except PermissionError:
         return [folder]
+
+
+def is_overlay(path: str) -> bool:
+    """Tell whether a file is a heat map with the mark; the pixels are not decoded."""
+    if not path.lower().endswith(".png"):
+        return False
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return MARK in image.info
+    except (Image.DecompressionBombError, *_DAMAGE):
+        return False
 
 
 def _walked(root: str) -> Iterator[str]:

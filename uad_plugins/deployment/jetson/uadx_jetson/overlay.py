@@ -10,8 +10,10 @@ from typing import Any, Sequence
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from .files import write_atomically
+from .imaging import MARK
 
 STRIP = 1 << 16
 """Pixels that are blended at once."""
@@ -61,13 +63,15 @@ def _relative(anomaly_map: Any, threshold: float | None) -> Any:
 
 
 def write_png(path: Path, picture: Image.Image) -> None:
-    """Write a picture whole or not at all.
+    """Write a heat map whole or not at all, marked so that ``is_overlay`` knows it wherever it is moved to.
 
     Raises:
         RunnerError: The folder cannot be written.
     """
+    text = PngInfo()
+    text.add_text(MARK, "heat map")
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", compress_level=3)
+    picture.save(buffer, format="PNG", compress_level=3, pnginfo=text)
     write_atomically(path, buffer.getvalue())
 
 

@@ -1,0 +1,212 @@
+"""Defects drawn into good parts, and what the students learn from them."""
+
+import pytest
+import torch
+from anomalib.data import ImageBatch
+from anomalib.models import Stfpm as AnomalibStfpm
+from runs import small_run
+from students import SIZE, build, features, randomised
+from torch.nn import functional as F
+
+from uad_plugins.errors import UsageError
+from uad_plugins.models import ReverseDistillation, Stfpm
+from uad_plugins.models.backbones import alias, backbone_weights
+from uad_plugins.models.stfpm import MARGIN, MeanSTFPMLoss, anomaly_loss, distances
+from uad_plugins.models.synthetic_anomalies import FAINTEST, SyntheticAnomalies
+
+
+@pytest.fixture(scope="module")
+def anomalies():
+    some = SyntheticAnomalies(0.5)
+    some.draw(torch.zeros(1, 3, *SIZE), doubled)
+    return some
+
+
+def doubled(images):
+    return images * 2 - 1
+
+
+def test_images_are_blended_with_defects_where_the_mask_says(anomalies):
+    torch.manual_seed(0)
+    images = torch.full((64, 3, *SIZE), 0.3)
+    drawn, replaced = anomalies.draw(images, doubled)
+    assert drawn.shape == images.shape
+    assert drawn.dtype == torch.float32
+    assert replaced.shape == (64, 1, *SIZE)
+    strongest = replaced.amax(dim=(1, 2, 3))
+    chosen = strongest > 0
+    assert 16 < chosen.sum() < 48
+    assert strongest[chosen].min() >= FAINTEST
+    assert strongest.max() <= 1
+    assert torch.equal(drawn[(replaced == 0).expand_as(drawn)], images[(replaced == 0).expand_as(images)])
+    # Fillings lie in 0..1 before they are normalised, -1..1 after: a pixel moves by its share of the way to one of them.
+    filling = ((drawn - images * (1 - replaced)) / replaced)[(replaced > 0).expand_as(drawn)]
+    assert filling.min() >= -1 - 1e-4
+    assert filling.max() <= 1 + 1e-4
+    assert filling.std() > 0.1
+    areas = (replaced[chosen] > 0).float().mean(dim=(1, 2, 3))
+    assert areas.min() > 0
+    assert areas.max() < 0.6
+
+
+def test_no_two_are_alike_and_a_seed_gives_them_again(anomalies):
+    images = torch.zeros(8, 3, *SIZE)
+    torch.manual_seed(3)
+    first, again = anomalies.draw(images, doubled), anomalies.draw(images, doubled)
+    assert not torch.equal(first[1], again[1])
+    torch.manual_seed(3)
+    other = SyntheticAnomalies(0.5).draw(images, doubled)
+    assert torch.equal(other[0], first[0])
+    assert torch.equal(other[1], first[1])
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.0, 0), (1.0, 16)])
+def test_the_share_of_images_that_get_one(anomalies, share, count):
+    some = SyntheticAnomalies(share)
+    some._bank = anomalies._bank
+    _, replaced = some.draw(torch.zeros(16, 3, *SIZE), doubled)
+    assert (replaced.amax(dim=(1, 2, 3)) > 0).sum() == count
+
+
+def test_images_of_any_size():
+    some = SyntheticAnomalies(1.0)
+    for size in ((32, 48), (64, 64)):
+        drawn, replaced = some.draw(torch.zeros(2, 3, *size), doubled)
+        assert drawn.shape[-2:] == replaced.shape[-2:] == size
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_without_defects_the_loss_is_the_methods(batch):
+    teacher, student = features(batch), features(batch, 1)
+    found = anomaly_loss(teacher, student, torch.zeros(batch, 1, 32, 32), 3.0)
+    assert found.shape == (batch,)
+    assert torch.allclose(found.mean(), MeanSTFPMLoss()(teacher, student))
+
+
+def test_a_defect_pushes_until_the_margin():
+    teacher = {"layer1": F.normalize(torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0)))}
+    replaced = torch.zeros(1, 1, 32, 32)
+    replaced[..., :16, :] = 1.0
+    near = {"layer1": (teacher["layer1"] * 2).requires_grad_()}
+    loss = anomaly_loss(teacher, near, replaced, 3.0)
+    # Half of the descriptors are defective, and as near as can be.
+    assert loss.item() == pytest.approx(3.0 * MARGIN / 2)
+    far = {"layer1": -teacher["layer1"]}
+    far["layer1"][..., 4:, :] *= -1
+    assert anomaly_loss(teacher, far, replaced, 3.0).item() == pytest.approx(0, abs=1e-6)
+    student = {"layer1": torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()}
+    # Towards the teacher where it is good, away from it where it is not and the margin is not kept.
+    with torch.no_grad():
+        student["layer1"] += 2 * teacher["layer1"]
+    before = (F.normalize(student["layer1"]) - teacher["layer1"]).square().sum(dim=1)
+    (gradient,) = torch.autograd.grad(anomaly_loss(teacher, student, replaced, 3.0).sum(), student["layer1"])
+    after = (F.normalize(student["layer1"] - gradient) - teacher["layer1"]).square().sum(dim=1)
+    pushed = before[:, :4] < MARGIN
+    assert pushed.any()
+    assert (after[:, :4][pushed] > before[:, :4][pushed]).all()
+    assert (after[:, 4:] < before[:, 4:]).all()
+
+
+def test_an_edge_of_a_defect_is_neither_good_nor_bad():
+    teacher, student = features(1), features(1, 1)
+    replaced = torch.full((1, 1, 32, 32), 0.1)
+    assert anomaly_loss(teacher, student, replaced, 3.0).item() == 0
+
+
+def batch_of(images):
+    return ImageBatch(image=images, gt_label=torch.zeros(len(images), dtype=torch.bool))
+
+
+@pytest.mark.parametrize("cls", [Stfpm, ReverseDistillation])
+def test_a_training_step_without_them_is_anomalibs(cls, monkeypatch):
+    model = randomised(build(cls)).train()
+    monkeypatch.setattr(model, "log", lambda *_, **__: None)
+    images = torch.rand(4, 3, *SIZE, generator=torch.Generator().manual_seed(0))
+    assert model.anomalies is None
+    loss = model.training_step(batch_of(images))["loss"]
+    assert torch.allclose(loss, model.loss(*model.model(images)))
+
+
+def test_stfpm_sees_the_defect_with_both_networks(monkeypatch):
+    model = randomised(build(Stfpm, synthetic_anomalies=1.0, anomaly_weight=2.0)).train()
+    monkeypatch.setattr(model, "log", lambda *_, **__: None)
+    images = torch.rand(4, 3, *SIZE, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(5)
+    loss = model.training_step(batch_of(images))["loss"]
+    torch.manual_seed(5)
+    drawn, replaced = model.anomalies.draw(images, model.pre_processor.transform)
+    assert torch.allclose(loss, anomaly_loss(*model.model(drawn), replaced, 2.0).mean())
+    assert not torch.allclose(loss, model.loss(*model.model(images)))
+
+
+def test_reverse_distillation_restores_the_good_part(monkeypatch):
+    model = randomised(build(ReverseDistillation, synthetic_anomalies=1.0)).train()
+    monkeypatch.setattr(model, "log", lambda *_, **__: None)
+    images = torch.rand(4, 3, *SIZE, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(5)
+    loss = model.training_step(batch_of(images))["loss"]
+    torch.manual_seed(5)
+    drawn, _ = model.anomalies.draw(images, model.pre_processor.transform)
+    (clean, _), (spoilt, decoded) = model.model(images), model.model(drawn)
+    assert torch.allclose(loss, model.loss(clean, decoded))
+    assert not torch.allclose(loss, model.loss(spoilt, decoded))
+
+
+@pytest.mark.parametrize("name", ["stfpm", "reverse_distillation"])
+def test_it_is_trained_by_an_option(name, products, tmp_path):
+    over = {"model": {"name": name, "options": {"synthetic_anomalies": 0.5}}, "trainer": {"max_epochs": 1}}
+    small_run(products, tmp_path / "run", over)
+    cls = Stfpm if name == "stfpm" else ReverseDistillation
+    loaded = cls.load_from_checkpoint(tmp_path / "run" / "model.ckpt", map_location="cpu")
+    assert loaded.anomalies.share == 0.5
+    if name == "stfpm":
+        # anomalib's own class knows nothing of the option.
+        with backbone_weights("bundled"):
+            AnomalibStfpm.load_from_checkpoint(
+                tmp_path / "run" / "model.ckpt", map_location="cpu", backbone=alias("resnet18")
+            )
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("stfpm", {"synthetic_anomalies": 1.5}, "synthetic_anomalies"),
+        ("stfpm", {"anomaly_weight": 0}, "anomaly_weight"),
+        ("reverse_distillation", {"synthetic_anomalies": -1}, "synthetic_anomalies"),
+        ("stfpm", {"synthetic_anomaly": 0.5}, "synthetic_anomalies"),
+    ],
+)
+def test_wrong_options_are_refused(name, options, message, products, tmp_path):
+    with pytest.raises(UsageError, match=message):
+        small_run(products, tmp_path / "run", {"model": {"name": name, "options": options}})
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_student_learns_to_keep_its_distance(anomalies):
+    """Two students after the same steps: the one that was shown defects follows its teacher less far into others."""
+    generator = torch.Generator().manual_seed(0)
+    parts = F.interpolate(torch.rand(24, 3, 4, 4, generator=generator), SIZE, mode="bilinear")
+    unseen = SyntheticAnomalies(1.0)
+    unseen._bank = anomalies._bank[:64]
+
+    def distance(**options):
+        model = build(Stfpm, **options).train()
+        model.log = lambda *_, **__: None
+        normalize = model.pre_processor.transform
+        optimizer = torch.optim.SGD(model.trained_parameters(), lr=0.5, momentum=0.9)
+        if model.anomalies is not None:
+            model.anomalies._bank = anomalies._bank[64:]
+        torch.manual_seed(2)
+        for _ in range(30):
+            optimizer.zero_grad()
+            model.training_step(batch_of(normalize(parts[:16])))["loss"].backward()
+            optimizer.step()
+        model.eval()
+        torch.manual_seed(3)
+        drawn, replaced = unseen.draw(normalize(parts[16:]), normalize)
+        with torch.no_grad():
+            found = distances(model.model.teacher_model(drawn), model.model.student_model(drawn))[0]
+        covered = F.interpolate(replaced, found.shape[-2:], mode="area")[:, 0]
+        return found[covered > 0.5].mean().item()
+
+    assert distance(synthetic_anomalies=0.8, anomaly_weight=30.0) > 1.5 * distance()

@@ -71,7 +71,7 @@ def test_later_sources_win(tmp_path):
         (
             {"model": {"options": {"width": 1}}},
             "unknown configuration key 'model.options.width'",
-            "model.options.synthetic_anomalies",
+            "did you mean 'model.options.anomaly_weight'?",
         ),
     ],
 )

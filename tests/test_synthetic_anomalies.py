@@ -139,6 +139,15 @@ def test_stfpm_sees_the_defect_with_both_networks(monkeypatch):
     assert not torch.allclose(loss, model.loss(*model.model(images)))
 
 
+def test_images_that_nothing_normalises_take_defects_as_they_are():
+    model = Stfpm(weights="bundled", pre_processor=False, visualizer=False, synthetic_anomalies=1.0)
+    images = torch.zeros(4, 3, *SIZE)
+    torch.manual_seed(5)
+    drawn, _ = model.with_defects(images)
+    torch.manual_seed(5)
+    assert torch.equal(drawn, model.anomalies.draw(images, torch.nn.Identity())[0])
+
+
 def test_reverse_distillation_restores_the_good_part(monkeypatch):
     model = randomised(build(ReverseDistillation, synthetic_anomalies=1.0)).train()
     monkeypatch.setattr(model, "log", lambda *_, **__: None)

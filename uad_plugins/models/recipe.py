@@ -12,6 +12,7 @@ from torch import nn, optim
 
 from uad_plugins.config import OptimizerConfig
 from uad_plugins.models.backbones import CHECKPOINT, WeightsRecord
+from uad_plugins.models.synthetic_anomalies import SyntheticAnomalies
 
 Observe = Callable[[Callable[[Any, torch.Tensor], tuple[torch.Tensor, ...]]], Iterator[tuple[torch.Tensor, ...]]]
 """Calls a function with a network and batches of images, and yields what it returns."""
@@ -47,12 +48,14 @@ class DistillationRecipe:
         weights_record: Where the teacher's weights came from; None after loading a checkpoint.
         model: The network of teacher and student.
         held_out_loss: float32 ``(B,)``, the training loss of each image of the last validation batch.
+        anomalies: Draws synthetic defects into the training images; None where the method is trained as published.
     """
 
     recipe: OptimizerConfig
     weights_record: WeightsRecord | None
     model: Any
     held_out_loss: torch.Tensor | None
+    anomalies: SyntheticAnomalies | None = None
 
     @staticmethod
     def distil(network: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,6 +82,12 @@ class DistillationRecipe:
             observe: Calls a function with the network and each batch of held-out images of good parts, float32
                 ``(B, 3, H, W)``, normalised, in the way in which quantizers act. The function begins as ``distil`` does.
         """
+
+    def with_defects(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draw synthetic defects into training images, normalised as they are; see ``SyntheticAnomalies.draw``."""
+        assert self.anomalies is not None
+        transform = getattr(getattr(self, "pre_processor", None), "transform", None)
+        return self.anomalies.draw(images, transform or nn.Identity())
 
     def validation_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """Predict, and note the loss of each image in ``held_out_loss``."""

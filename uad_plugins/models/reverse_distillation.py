@@ -107,7 +107,8 @@ class ReverseDistillation(DistillationRecipe, AnomalibReverseDistillation):
         self.set_recipe(optimizer, RECIPE)
         self.model.to(memory_format=torch.channels_last)
         self.loss = AnyLayoutLoss()
-        self.anomalies = SyntheticAnomalies(synthetic_anomalies) if synthetic_anomalies else None
+        if synthetic_anomalies:
+            self.anomalies = SyntheticAnomalies(synthetic_anomalies)
 
     def trained_parameters(self) -> Iterable[nn.Parameter]:
         """Return the parameters of bottleneck and decoder."""
@@ -117,7 +118,7 @@ class ReverseDistillation(DistillationRecipe, AnomalibReverseDistillation):
         """Return the loss of a batch."""
         if self.anomalies is None:
             return super().training_step(batch, *args, **kwargs)
-        images, _ = self.anomalies.draw(batch.image, self.pre_processor.transform)
+        images, _ = self.with_defects(batch.image)
         _, decoded = self.model(images)
         loss = self.loss(list(self.model.encoder(batch.image).values()), decoded)
         self.log("train_loss", loss.detach(), on_epoch=True, prog_bar=True, batch_size=len(images))

@@ -126,7 +126,8 @@ class Stfpm(DistillationRecipe, AnomalibStfpm):
         self.model.backbone = backbone
         self.model.to(memory_format=torch.channels_last)
         self.loss = MeanSTFPMLoss()
-        self.anomalies = SyntheticAnomalies(synthetic_anomalies) if synthetic_anomalies else None
+        if synthetic_anomalies:
+            self.anomalies = SyntheticAnomalies(synthetic_anomalies)
         self.anomaly_weight = anomaly_weight
 
     def trained_parameters(self) -> Iterable[nn.Parameter]:
@@ -138,7 +139,7 @@ class Stfpm(DistillationRecipe, AnomalibStfpm):
         """Return the loss of a batch."""
         if self.anomalies is None:
             return super().training_step(batch, *args, **kwargs)
-        images, replaced = self.anomalies.draw(batch.image, self.pre_processor.transform)
+        images, replaced = self.with_defects(batch.image)
         teacher, student = self.model(images)
         loss = anomaly_loss(teacher, student, replaced, self.anomaly_weight).mean()
         self.log("train_loss", loss.detach(), on_epoch=True, prog_bar=True, batch_size=len(images))

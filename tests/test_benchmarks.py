@@ -136,3 +136,16 @@ def test_openvinos_own_benchmark_takes_its_turn_in_every_repeat(runtime, monkeyp
     assert [ran[first:last].count("throughput") for first, last in pairwise(places)] == [0, 2]
     assert report["fp32 benchmark_app throughput"]["images_per_s"] == sorted(place + 1 for place in places)[1]
     assert "fp32 throughput / benchmark_app" in report["ratios"]
+
+
+def test_recipes_are_judged_by_defects_in_held_out_parts(trained, products, tmp_path):
+    words = [sys.executable, str(BENCHMARKS / "held_out_defects.py"), str(trained), "--data", str(products), "--each", "2"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    line = json.loads(done.stdout)
+    names = sorted(folder.name for folder in products.iterdir() if folder.is_dir())
+    assert sorted(set(line) - {"run", "mean"}) == names
+    assert all(0 <= line[name] <= 1 for name in names)
+    assert line["mean"] == pytest.approx(sum(line[name] for name in names) / len(names))
+    # Drawn over, a part looks worse than it did, if only by a little.
+    assert line["mean"] > 0.5

@@ -1,13 +1,15 @@
-"""AUROC of held-out good parts against the same parts with a defect drawn in: recipes are chosen by it, not by the tests.
+"""AUROC of held-out good parts against the same parts with a defect drawn in: recipes are chosen by it, not by test images.
 
     python benchmarks/held_out_defects.py RUN [RUN …] --data DATA [--each 3]
 
-Scratches, stains and blurs are drawn with the tools of the synthetic products, faint ones among them; the defects that
+Scratches, stains and blurs are drawn with the tools of the synthetic products, faint ones among them; the anomalies that
 ``model.options.synthetic_anomalies`` trains with are others. One JSON line a run.
 """
 
 import argparse
 import json
+import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,16 +26,18 @@ from uad_plugins.quantization.samples import samples_of
 
 def spoil(rng, image, kind):
     """Draw a defect into a square or oblong part, uint8 ``(H, W, 3)``."""
-    side = max(image.shape[:2])
-    centre = tuple(rng.uniform(0.2, 0.8, 2))
+    height, width = image.shape[:2]
+    side = max(height, width)
+    # In a square around the part that reaches from -1 to 1, as x and y.
+    centre = (2 * rng.uniform(0.1, 0.9) * width / side - 1, 2 * rng.uniform(0.1, 0.9) * height / side - 1)
     pixels = image.astype(np.float32) / 255
     if kind == "scratch":
-        weight, colour = scratch(rng, side, centre, rng.uniform(0.08, 0.2)), (float(rng.integers(2)),) * 3
+        weight, colour = scratch(rng, side, centre, rng.uniform(0.1, 0.3)), (float(rng.integers(2)),) * 3
         weight = weight * rng.uniform(0.1, 0.4)
     else:
-        weight, colour = blob(rng, side, centre, rng.uniform(0.04, 0.12)), (float(rng.uniform()),) * 3
+        weight, colour = blob(rng, side, centre, rng.uniform(0.06, 0.2)), (float(rng.uniform()),) * 3
         weight = weight * (rng.uniform(0.12, 0.5) if kind == "stain" else 1.0)
-    weight = weight[: image.shape[0], : image.shape[1]]
+    weight = weight[:height, :width]
     if kind == "blur":
         blurred = Image.fromarray(image).filter(ImageFilter.GaussianBlur(side / 20))
         colour = np.asarray(blurred, dtype=np.float32) / 255
@@ -42,7 +46,7 @@ def spoil(rng, image, kind):
 
 def measure(folder, data, each):
     """Return AUROC by category, and the mean over them."""
-    table, found = samples_of(Run.open(folder), data, print), {}
+    table, found = samples_of(Run.open(folder), data, partial(print, file=sys.stderr)), {}
     with open_detector(folder) as detector:
         for category in detector.categories:
             rng = np.random.default_rng(0)
@@ -50,7 +54,11 @@ def measure(folder, data, each):
             for index in table.where(split="val", category=category, label=NORMAL):
                 good = decode(table.paths[int(index)], detector.image_size).pixels
                 spoilt = [spoil(rng, good, kind) for kind in ("scratch", "stain", "blur") for _ in range(each)]
-                scores.append(detector.infer(np.stack([good, *spoilt]))[0])
+                seen = np.stack([good, *spoilt])
+                if detector.by_category:
+                    scores.append(detector.infer_by_category(seen, [category] * len(seen))[0])
+                else:
+                    scores.append(detector.infer(seen)[0])
                 labels += [0] + [1] * len(spoilt)
             found[category] = binary_auroc(torch.from_numpy(np.concatenate(scores)), torch.tensor(labels)).item()
     return {"run": str(folder), "mean": float(np.mean(list(found.values()))), **found}

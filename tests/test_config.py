@@ -69,9 +69,19 @@ def test_later_sources_win(tmp_path):
         ({"model": {"options": 1}}, "model.options: a section with keys is needed, not 1", "'options: {KEY: VALUE}'"),
         ({"model": {"name": "stpm"}}, "unknown model 'stpm'", "did you mean 'stfpm'?"),
         (
-            {"model": {"options": {"width": 1}}},
-            "unknown configuration key 'model.options.width'",
-            "did you mean 'model.options.anomaly_weight'?",
+            {"model": {"options": {"alpha": 1}}},
+            "unknown configuration key 'model.options.alpha'",
+            "known keys: model.options.",
+        ),
+        (
+            {"model": {"options": {"anomaly_wait": 1}}},
+            "unknown configuration key 'model.options.anomaly_wait'",
+            "anomaly_weight'?",
+        ),
+        (
+            {"model": {"name": "uninformed_students", "options": {"synthetic_anomalies": 0.5}}},
+            "unknown configuration key 'model.options.synthetic_anomalies'",
+            "known keys: model.options.patch_sizes",
         ),
     ],
 )

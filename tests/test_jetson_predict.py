@@ -17,6 +17,8 @@ from uad_plugins.evaluation.overlays import save_overlay
 from uad_plugins.evaluation.predict import find_images
 from uad_plugins.imaging import read_rgb
 
+NO_IMAGE = "no image to predict; PNG, JPEG, BMP, TIFF and WebP are read, heat maps only where they are named"
+
 TENSOR_FUNCTIONS = (
     *(f"ICudaEngine.{name}" for name in ("num_io_tensors", "get_tensor_name", "get_tensor_shape", "get_tensor_dtype")),
     *(f"IExecutionContext.{name}" for name in ("set_tensor_address", "execute_async_v3")),
@@ -349,4 +351,4 @@ def test_an_error_of_the_system_is_one_line(device, photos, monkeypatch):
 def test_an_empty_folder_is_refused(device, tmp_path):
     (tmp_path / "empty").mkdir()
     done = device.run("predict", str(tmp_path / "empty"))
-    assert (done.status, done.err) == (2, "error: no image to predict; PNG, JPEG, BMP, TIFF and WebP are read\n")
+    assert (done.status, done.err) == (2, f"error: {NO_IMAGE}\n")

@@ -23,6 +23,8 @@ from uad_plugins.training.run_folder import check_folder
 from uad_plugins.training.train import train
 
 EPOCHS = {"trainer": {"max_epochs": 4}}
+# With synthetic anomalies, which have to be those of the unbroken training too.
+DRAWN = {**EPOCHS, "model": {"options": {"synthetic_anomalies": 0.5}}}
 
 
 def scores_of(run, data):
@@ -38,7 +40,7 @@ class Killed(BaseException):
 @pytest.fixture(scope="module")
 def unbroken(products, tmp_path_factory):
     out = tmp_path_factory.mktemp("unbroken") / "run"
-    metrics = small_run(products, out, EPOCHS)
+    metrics = small_run(products, out, DRAWN)
     return out, metrics
 
 
@@ -60,10 +62,10 @@ def test_killed_while_a_checkpoint_is_written(products, unbroken, tmp_path, monk
     with monkeypatch.context() as patched:
         patched.setattr(AtomicCheckpointIO, "save_checkpoint", cut)
         with pytest.raises(Killed):
-            small_run(products, tmp_path / "run", EPOCHS)
+            small_run(products, tmp_path / "run", DRAWN)
     with pytest.raises(UadxError, match="not finished"):
         Run.open(tmp_path / "run")
-    metrics = small_run(products, tmp_path / "run", EPOCHS, resume=True)
+    metrics = small_run(products, tmp_path / "run", DRAWN, resume=True)
     out, expected = unbroken
     assert metrics["epochs"] == 4
     assert metrics["samples_seen"] == expected["samples_seen"]
@@ -95,7 +97,7 @@ def test_killed_before_the_first_checkpoint(products, unbroken, tmp_path):
     run.folder.mkdir()
     shutil.copy(out / "config.yaml", run.folder)
     run.write_manifest(Run(out).manifest().model_copy(update={"status": "training"}))
-    train(small_config(EPOCHS), products, run.folder, resume=True, interactive=False)
+    train(small_config(DRAWN), products, run.folder, resume=True, interactive=False)
     assert scores_of(run.folder, products) == scores_of(out, products)
 
 

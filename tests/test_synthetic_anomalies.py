@@ -3,6 +3,7 @@
 import pytest
 import torch
 from anomalib.data import ImageBatch
+from anomalib.models import ReverseDistillation as AnomalibReverseDistillation
 from anomalib.models import Stfpm as AnomalibStfpm
 from runs import small_run
 from students import SIZE, build, features, randomised
@@ -12,13 +13,17 @@ from uad_plugins.errors import UsageError
 from uad_plugins.models import ReverseDistillation, Stfpm
 from uad_plugins.models.backbones import alias, backbone_weights
 from uad_plugins.models.stfpm import MARGIN, MeanSTFPMLoss, anomaly_loss, distances
-from uad_plugins.models.synthetic_anomalies import FAINTEST, SyntheticAnomalies
+from uad_plugins.models.synthetic_anomalies import MIN_OPACITY, SyntheticAnomalies
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture(scope="module")
 def anomalies():
     some = SyntheticAnomalies(0.5)
-    some.draw(torch.zeros(1, 3, *SIZE), doubled)
+    some.draw(torch.zeros(1, 3, *SIZE), doubled, seeded())
     return some
 
 
@@ -26,53 +31,63 @@ def doubled(images):
     return images * 2 - 1
 
 
-def test_images_are_blended_with_defects_where_the_mask_says(anomalies):
-    torch.manual_seed(0)
+def test_images_are_blended_with_anomalies_by_their_opacity(anomalies):
     images = torch.full((64, 3, *SIZE), 0.3)
-    drawn, replaced = anomalies.draw(images, doubled)
+    drawn, opacity = anomalies.draw(images, doubled, seeded())
     assert drawn.shape == images.shape
     assert drawn.dtype == torch.float32
-    assert replaced.shape == (64, 1, *SIZE)
-    strongest = replaced.amax(dim=(1, 2, 3))
+    assert opacity.shape == (64, 1, *SIZE)
+    strongest = opacity.amax(dim=(1, 2, 3))
     chosen = strongest > 0
     assert 16 < chosen.sum() < 48
-    assert strongest[chosen].min() >= FAINTEST
+    assert strongest[chosen].min() >= MIN_OPACITY
     assert strongest.max() <= 1
-    assert torch.equal(drawn[(replaced == 0).expand_as(drawn)], images[(replaced == 0).expand_as(images)])
+    assert torch.equal(drawn[(opacity == 0).expand_as(drawn)], images[(opacity == 0).expand_as(images)])
     # Fillings lie in 0..1 before they are normalised, -1..1 after: a pixel moves by its share of the way to one of them.
-    filling = ((drawn - images * (1 - replaced)) / replaced)[(replaced > 0).expand_as(drawn)]
+    filling = ((drawn - images * (1 - opacity)) / opacity)[(opacity > 0).expand_as(drawn)]
     assert filling.min() >= -1 - 1e-4
     assert filling.max() <= 1 + 1e-4
     assert filling.std() > 0.1
-    areas = (replaced[chosen] > 0).float().mean(dim=(1, 2, 3))
+    areas = (opacity[chosen] > 0).float().mean(dim=(1, 2, 3))
     assert areas.min() > 0
     assert areas.max() < 0.6
 
 
 def test_no_two_are_alike_and_a_seed_gives_them_again(anomalies):
-    images = torch.zeros(8, 3, *SIZE)
-    torch.manual_seed(3)
-    first, again = anomalies.draw(images, doubled), anomalies.draw(images, doubled)
-    assert not torch.equal(first[1], again[1])
-    torch.manual_seed(3)
-    other = SyntheticAnomalies(0.5).draw(images, doubled)
-    assert torch.equal(other[0], first[0])
-    assert torch.equal(other[1], first[1])
+    images = torch.zeros(24, 3, *SIZE)
+    every = SyntheticAnomalies(1.0)
+    every._bank = anomalies._bank
+    drawn, opacity = every.draw(images, doubled, seeded(3))
+    masks = (opacity > 0).flatten(1)
+    assert len(torch.unique(masks, dim=0)) == 24
+    again = SyntheticAnomalies(1.0).draw(images, doubled, seeded(3))
+    assert torch.equal(again[0], drawn)
+    assert torch.equal(again[1], opacity)
+    assert not torch.equal(every.draw(images, doubled, seeded(4))[1], opacity)
+
+
+def test_the_bank_disturbs_no_random_state():
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    SyntheticAnomalies(1.0).draw(torch.zeros(1, 3, 32, 32), doubled, seeded())
+    assert torch.equal(torch.rand(3), expected)
 
 
 @pytest.mark.parametrize(("share", "count"), [(0.0, 0), (1.0, 16)])
 def test_the_share_of_images_that_get_one(anomalies, share, count):
     some = SyntheticAnomalies(share)
     some._bank = anomalies._bank
-    _, replaced = some.draw(torch.zeros(16, 3, *SIZE), doubled)
-    assert (replaced.amax(dim=(1, 2, 3)) > 0).sum() == count
+    _, opacity = some.draw(torch.zeros(16, 3, *SIZE), doubled, seeded())
+    assert (opacity.amax(dim=(1, 2, 3)) > 0).sum() == count
 
 
 def test_images_of_any_size():
     some = SyntheticAnomalies(1.0)
-    for size in ((32, 48), (64, 64)):
-        drawn, replaced = some.draw(torch.zeros(2, 3, *size), doubled)
-        assert drawn.shape[-2:] == replaced.shape[-2:] == size
+    for size in ((32, 48), (70, 100), (64, 64)):
+        drawn, opacity = some.draw(torch.zeros(2, 3, *size), doubled, seeded())
+        assert drawn.shape[-2:] == opacity.shape[-2:] == size
+        assert (opacity.amax(dim=(1, 2, 3)) > 0).all()
 
 
 @pytest.mark.parametrize("batch", [1, 5])
@@ -85,21 +100,21 @@ def test_without_defects_the_loss_is_the_methods(batch):
 
 def test_a_defect_pushes_until_the_margin():
     teacher = {"layer1": F.normalize(torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0)))}
-    replaced = torch.zeros(1, 1, 32, 32)
-    replaced[..., :16, :] = 1.0
+    opacity = torch.zeros(1, 1, 32, 32)
+    opacity[..., :16, :] = 1.0
     near = {"layer1": (teacher["layer1"] * 2).requires_grad_()}
-    loss = anomaly_loss(teacher, near, replaced, 3.0)
+    loss = anomaly_loss(teacher, near, opacity, 3.0)
     # Half of the descriptors are defective, and as near as can be.
     assert loss.item() == pytest.approx(3.0 * MARGIN / 2)
     far = {"layer1": -teacher["layer1"]}
     far["layer1"][..., 4:, :] *= -1
-    assert anomaly_loss(teacher, far, replaced, 3.0).item() == pytest.approx(0, abs=1e-6)
+    assert anomaly_loss(teacher, far, opacity, 3.0).item() == pytest.approx(0, abs=1e-6)
     student = {"layer1": torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()}
     # Towards the teacher where it is good, away from it where it is not and the margin is not kept.
     with torch.no_grad():
         student["layer1"] += 2 * teacher["layer1"]
     before = (F.normalize(student["layer1"]) - teacher["layer1"]).square().sum(dim=1)
-    (gradient,) = torch.autograd.grad(anomaly_loss(teacher, student, replaced, 3.0).sum(), student["layer1"])
+    (gradient,) = torch.autograd.grad(anomaly_loss(teacher, student, opacity, 3.0).sum(), student["layer1"])
     after = (F.normalize(student["layer1"] - gradient) - teacher["layer1"]).square().sum(dim=1)
     pushed = before[:, :4] < MARGIN
     assert pushed.any()
@@ -109,8 +124,8 @@ def test_a_defect_pushes_until_the_margin():
 
 def test_an_edge_of_a_defect_is_neither_good_nor_bad():
     teacher, student = features(1), features(1, 1)
-    replaced = torch.full((1, 1, 32, 32), 0.1)
-    assert anomaly_loss(teacher, student, replaced, 3.0).item() == 0
+    opacity = torch.full((1, 1, 32, 32), 0.1)
+    assert anomaly_loss(teacher, student, opacity, 3.0).item() == 0
 
 
 def batch_of(images):
@@ -131,33 +146,48 @@ def test_stfpm_sees_the_defect_with_both_networks(monkeypatch):
     model = randomised(build(Stfpm, synthetic_anomalies=1.0, anomaly_weight=2.0)).train()
     monkeypatch.setattr(model, "log", lambda *_, **__: None)
     images = torch.rand(4, 3, *SIZE, generator=torch.Generator().manual_seed(0))
-    torch.manual_seed(5)
     loss = model.training_step(batch_of(images))["loss"]
-    torch.manual_seed(5)
-    drawn, replaced = model.anomalies.draw(images, model.pre_processor.transform)
-    assert torch.allclose(loss, anomaly_loss(*model.model(drawn), replaced, 2.0).mean())
+    drawn, opacity = model.with_anomalies(images)
+    assert torch.allclose(loss, anomaly_loss(*model.model(drawn), opacity, 2.0).mean())
     assert not torch.allclose(loss, model.loss(*model.model(images)))
 
 
 def test_images_that_nothing_normalises_take_defects_as_they_are():
     model = Stfpm(weights="bundled", pre_processor=False, visualizer=False, synthetic_anomalies=1.0)
     images = torch.zeros(4, 3, *SIZE)
-    torch.manual_seed(5)
-    drawn, _ = model.with_defects(images)
-    torch.manual_seed(5)
-    assert torch.equal(drawn, model.anomalies.draw(images, torch.nn.Identity())[0])
+    drawn, opacity = model.with_anomalies(images)
+    assert torch.equal(drawn[(opacity == 0).expand_as(drawn)], images[(opacity == 0).expand_as(images)])
+    assert drawn.min() >= 0
+    assert 0.2 < drawn.max() <= 1
 
 
-def test_reverse_distillation_restores_the_good_part(monkeypatch):
-    model = randomised(build(ReverseDistillation, synthetic_anomalies=1.0)).train()
+@pytest.mark.parametrize("changed", ["seed", "global_step", "global_rank"])
+def test_seed_step_and_process_say_which_anomalies(changed, monkeypatch):
+    model = build(Stfpm, synthetic_anomalies=1.0)
+    images = torch.zeros(4, 3, *SIZE)
+    torch.manual_seed(1)
+    before = model.with_anomalies(images)[1]
+    torch.rand(5)
+    assert torch.equal(model.with_anomalies(images)[1], before)
+    if changed == "seed":
+        torch.manual_seed(2)
+    else:
+        monkeypatch.setattr(Stfpm, changed, 1)
+    assert not torch.equal(model.with_anomalies(images)[1], before)
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_reverse_distillation_restores_the_good_part(share, monkeypatch):
+    model = randomised(build(ReverseDistillation, synthetic_anomalies=share)).train()
     monkeypatch.setattr(model, "log", lambda *_, **__: None)
     images = torch.rand(4, 3, *SIZE, generator=torch.Generator().manual_seed(0))
-    torch.manual_seed(5)
     loss = model.training_step(batch_of(images))["loss"]
-    torch.manual_seed(5)
-    drawn, _ = model.anomalies.draw(images, model.pre_processor.transform)
+    loss.backward()
+    drawn, opacity = model.with_anomalies(images)
+    count = (opacity.amax(dim=(1, 2, 3)) > 0).sum()
+    assert count == 4 if share == 1 else 0 < count < 4
     (clean, _), (spoilt, decoded) = model.model(images), model.model(drawn)
-    assert torch.allclose(loss, model.loss(clean, decoded))
+    assert torch.allclose(loss, model.loss(clean, decoded), atol=1e-5)
     assert not torch.allclose(loss, model.loss(spoilt, decoded))
 
 
@@ -165,22 +195,28 @@ def test_reverse_distillation_restores_the_good_part(monkeypatch):
 def test_it_is_trained_by_an_option(name, products, tmp_path):
     over = {"model": {"name": name, "options": {"synthetic_anomalies": 0.5}}, "trainer": {"max_epochs": 1}}
     small_run(products, tmp_path / "run", over)
+    small_run(products, tmp_path / "published", {"model": {"name": name}, "trainer": {"max_epochs": 1}})
     cls = Stfpm if name == "stfpm" else ReverseDistillation
     loaded = cls.load_from_checkpoint(tmp_path / "run" / "model.ckpt", map_location="cpu")
     assert loaded.anomalies.share == 0.5
-    if name == "stfpm":
-        # anomalib's own class knows nothing of the option.
-        with backbone_weights("bundled"):
-            AnomalibStfpm.load_from_checkpoint(
-                tmp_path / "run" / "model.ckpt", map_location="cpu", backbone=alias("resnet18")
-            )
+    other = cls.load_from_checkpoint(tmp_path / "published" / "model.ckpt", map_location="cpu")
+    assert other.anomalies is None
+    pairs = zip(loaded.trained_parameters(), other.trained_parameters(), strict=True)
+    assert not all(torch.equal(mine, published) for mine, published in pairs)
+    # anomalib's own classes know nothing of the option.
+    theirs = AnomalibStfpm if name == "stfpm" else AnomalibReverseDistillation
+    backbone = {"backbone": alias("resnet18")} if name == "stfpm" else {}
+    with backbone_weights("bundled"):
+        theirs.load_from_checkpoint(tmp_path / "run" / "model.ckpt", map_location="cpu", **backbone)
 
 
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
         ("stfpm", {"synthetic_anomalies": 1.5}, "synthetic_anomalies"),
+        ("stfpm", {"synthetic_anomalies": True}, "synthetic_anomalies"),
         ("stfpm", {"anomaly_weight": 0}, "anomaly_weight"),
+        ("stfpm", {"anomaly_weight": float("inf")}, "anomaly_weight"),
         ("reverse_distillation", {"synthetic_anomalies": -1}, "synthetic_anomalies"),
         ("stfpm", {"synthetic_anomaly": 0.5}, "synthetic_anomalies"),
     ],
@@ -211,11 +247,10 @@ def test_a_student_learns_to_keep_its_distance(anomalies):
             model.training_step(batch_of(normalize(parts[:16])))["loss"].backward()
             optimizer.step()
         model.eval()
-        torch.manual_seed(3)
-        drawn, replaced = unseen.draw(normalize(parts[16:]), normalize)
+        drawn, opacity = unseen.draw(normalize(parts[16:]), normalize, seeded(3))
         with torch.no_grad():
             found = distances(model.model.teacher_model(drawn), model.model.student_model(drawn))[0]
-        covered = F.interpolate(replaced, found.shape[-2:], mode="area")[:, 0]
+        covered = F.interpolate(opacity, found.shape[-2:], mode="area")[:, 0]
         return found[covered > 0.5].mean().item()
 
     assert distance(synthetic_anomalies=0.8, anomaly_weight=30.0) > 1.5 * distance()

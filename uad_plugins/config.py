@@ -294,9 +294,13 @@ def no_section(location: Sequence[str], known: set[str], given: Any) -> UsageErr
 def unknown_key(location: Sequence[str], known: set[str]) -> UsageError:
     """Build the error for a configuration key that does not exist, with the nearest one that does."""
     key = ".".join(location)
-    close = nearest(key, known) or next((name for name in sorted(known) if name.endswith(f".{location[-1]}")), None)
-    siblings = sorted(name for name in known if name.rpartition(".")[0] == ".".join(location[:-1]))
-    hint = f"did you mean '{close}'?" if close else f"known keys: {', '.join(siblings)}"
+    section = ".".join(location[:-1])
+    siblings = {name.rpartition(".")[2]: name for name in sorted(known) if name.rpartition(".")[0] == section}
+    elsewhere = (name for name in sorted(known) if name.endswith(f".{location[-1]}"))
+    # By the last word among its siblings: what all of them begin with makes any two alike.
+    near = nearest(location[-1], siblings)
+    close = siblings[near] if near else next(elsewhere, None) or (None if siblings else nearest(key, known))
+    hint = f"did you mean '{close}'?" if close else f"known keys: {', '.join(sorted(siblings.values())) or 'none'}"
     return UsageError(f"unknown configuration key '{key}'", hint)
 
 

@@ -7,39 +7,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
 from uad_plugins.config import TrainConfig, recipe_path
 from uad_plugins.errors import UsageError, missing_extra
 from uad_plugins.hookspecs import ModelPlugin, Requirement, RuntimePlugin, hookimpl
+from uad_plugins.models.options import ReverseDistillationOptions, StfpmOptions
 from uad_plugins.models.uninformed_students.options import UninformedStudentsOptions
 
 if TYPE_CHECKING:
     from uad_plugins.detector import Detector
-
-
-class SyntheticAnomalyOptions(BaseModel):
-    """Training on images into which synthetic defects are drawn."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    synthetic_anomalies: float = Field(
-        0.0, ge=0, le=1, description="Share of the training images that get a synthetic defect; 0 is the published recipe."
-    )
-
-
-class StfpmOptions(SyntheticAnomalyOptions):
-    """Options of STFPM."""
-
-    anomaly_weight: float = Field(
-        3.0, gt=0, description="Weight of the distance from the teacher that the student keeps on synthetic defects."
-    )
-
-
-class ReverseDistillationOptions(SyntheticAnomalyOptions):
-    """Options of Reverse Distillation."""
-
-    anomaly_map_mode: str = Field("add", pattern="^(add|multiply)$", description="How the maps of the layers are combined.")
 
 
 class AnyOptions(BaseModel):
@@ -65,10 +42,11 @@ def _common(config: TrainConfig) -> dict[str, Any]:
 
 
 def _build_stfpm(config: TrainConfig) -> Any:
+    options = StfpmOptions.model_validate(config.model.options)
     with _train_extra():
         from uad_plugins.models.stfpm import Stfpm
 
-        return Stfpm(**StfpmOptions.model_validate(config.model.options).model_dump(), **_common(config))
+        return Stfpm(**options.model_dump(), **_common(config))
 
 
 def _load_stfpm(checkpoint: Path, _config: TrainConfig) -> Any:
@@ -79,6 +57,7 @@ def _load_stfpm(checkpoint: Path, _config: TrainConfig) -> Any:
 
 
 def _build_reverse_distillation(config: TrainConfig) -> Any:
+    options = ReverseDistillationOptions.model_validate(config.model.options)
     if any(side % 32 for side in config.data.size):
         height, width = config.data.size
         raise UsageError(
@@ -88,7 +67,7 @@ def _build_reverse_distillation(config: TrainConfig) -> Any:
     with _train_extra():
         from uad_plugins.models.reverse_distillation import ReverseDistillation
 
-        return ReverseDistillation(**config.model.options, **_common(config))
+        return ReverseDistillation(**options.model_dump(), **_common(config))
 
 
 def _load_reverse_distillation(checkpoint: Path, _config: TrainConfig) -> Any:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from anomalib.post_processing import PostProcessor
 from torch import nn, optim
@@ -47,8 +48,8 @@ class DistillationRecipe:
         recipe: Optimizer and schedule.
         weights_record: Where the teacher's weights came from; None after loading a checkpoint.
         model: The network of teacher and student.
-        held_out_loss: float32 ``(B,)``, the training loss of each image of the last validation batch.
-        anomalies: Draws synthetic defects into the training images; None where the method is trained as published.
+        held_out_loss: float32 ``(B,)``, the method's loss of each image of the last validation batch.
+        anomalies: Draws synthetic anomalies into the training images; None where the method is trained as published.
     """
 
     recipe: OptimizerConfig
@@ -69,7 +70,7 @@ class DistillationRecipe:
             images: float32 ``(B, 3, H, W)``, normalised.
 
         Returns:
-            The training loss of each image, float32 ``(B,)``, and the anomaly maps, float32 ``(B, 1, H, W)``.
+            The method's loss of each image, float32 ``(B,)``, and the anomaly maps, float32 ``(B, 1, H, W)``.
         """
         raise NotImplementedError
 
@@ -83,11 +84,18 @@ class DistillationRecipe:
                 ``(B, 3, H, W)``, normalised, in the way in which quantizers act. The function begins as ``distil`` does.
         """
 
-    def with_defects(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draw synthetic defects into training images, normalised as they are; see ``SyntheticAnomalies.draw``."""
+    def with_anomalies(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draw synthetic anomalies into training images, normalised as they are; see ``SyntheticAnomalies.draw``.
+
+        Seed, step and process alone say which: a resumed training sees those that an unbroken one would, and each process
+        others.
+        """
         assert self.anomalies is not None
         transform = getattr(getattr(self, "pre_processor", None), "transform", None)
-        return self.anomalies.draw(images, transform or nn.Identity())
+        place: Any = self
+        sequence = np.random.SeedSequence([torch.initial_seed(), place.global_step, place.global_rank])
+        generator = torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1)))
+        return self.anomalies.draw(images, transform or nn.Identity(), generator)
 
     def validation_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """Predict, and note the loss of each image in ``held_out_loss``."""

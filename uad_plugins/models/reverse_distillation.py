@@ -61,7 +61,7 @@ class ReverseDistillation(DistillationRecipe, AnomalibReverseDistillation):
         anomaly_map_mode: ``add`` or ``multiply`` the maps of the layers.
         weights: Encoder weights: ``hub``, ``bundled`` or a path.
         optimizer: See ``OptimizerConfig``; None is the published recipe (Adam 5e-3).
-        synthetic_anomalies: Share of the training images in which the decoder gets a synthetic defect, 0..1, and has to
+        synthetic_anomalies: Share of the training images in which the decoder gets a synthetic anomaly, 0..1, and has to
             restore the features of the good part. 0 is the published recipe.
         pre_processor: See anomalib.
         post_processor: See anomalib.
@@ -118,9 +118,13 @@ class ReverseDistillation(DistillationRecipe, AnomalibReverseDistillation):
         """Return the loss of a batch."""
         if self.anomalies is None:
             return super().training_step(batch, *args, **kwargs)
-        images, _ = self.with_defects(batch.image)
-        _, decoded = self.model(images)
-        loss = self.loss(list(self.model.encoder(batch.image).values()), decoded)
+        images, opacity = self.with_anomalies(batch.image)
+        encoded, decoded = self.model(images)
+        drawn = opacity.amax(dim=(1, 2, 3)) > 0
+        if drawn.any():
+            good = self.model.encoder(batch.image[drawn]).values()
+            encoded = [feature.index_put((drawn,), part) for feature, part in zip(encoded, good, strict=True)]
+        loss = self.loss(encoded, decoded)
         self.log("train_loss", loss.detach(), on_epoch=True, prog_bar=True, batch_size=len(images))
         return {"loss": loss}
 

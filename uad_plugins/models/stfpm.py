@@ -17,45 +17,47 @@ from torch.nn import functional as F
 
 from uad_plugins.config import OptimizerConfig
 from uad_plugins.models.backbones import HUB, alias, backbone_weights, require_architecture
+from uad_plugins.models.options import ANOMALY_WEIGHT
 from uad_plugins.models.recipe import DistillationRecipe
 from uad_plugins.models.synthetic_anomalies import SyntheticAnomalies
 
 LAYERS = ("layer1", "layer2", "layer3")
 RECIPE = OptimizerConfig(name="sgd", lr=0.4, momentum=0.9, weight_decay=1e-4)
 
-ANOMALY_WEIGHT = 3.0
-
 Features = Mapping[str, torch.Tensor]
 
 MARGIN = 1.0
-"""Squared distance from the teacher that a student has to keep on synthetic anomalies; unrelated descriptors are 2 apart."""
+"""Squared distance from the teacher that a student has to keep on synthetic anomalies.
 
-INTACT, REPLACED = 0.02, 0.2
-"""Share of a descriptor's cell up to which it counts as good, and from which as anomalous; between them it is neither."""
+Features after a ReLU are at most 2 apart; those of unrelated places 0.6 to 0.7, with the backbone that ships.
+"""
+
+GOOD, ANOMALOUS = 0.02, 0.2
+"""Opacity up to which a descriptor's cell counts as good, and from which as anomalous; between them it is neither."""
 
 
 def distances(teacher: Features, student: Features) -> list[torch.Tensor]:
-    """Return the squared distances of unit descriptors, 0..4, ``(B, h, w)`` of each layer (arXiv 2103.04257, equation 1)."""
+    """Return the squared distances of unit descriptors, ``(B, h, w)`` of each layer (arXiv 2103.04257, equation 1)."""
     return [(F.normalize(teacher[layer]) - F.normalize(student[layer])).square().sum(dim=1) for layer in teacher]
 
 
-def anomaly_loss(teacher: Features, student: Features, replaced: torch.Tensor, weight: float) -> torch.Tensor:
-    """Pull the student to its teacher where the part is good, and away from it where a defect was drawn.
+def anomaly_loss(teacher: Features, student: Features, opacity: torch.Tensor, weight: float) -> torch.Tensor:
+    """Pull the student to its teacher where the part is good, and away from it where an anomaly was drawn.
 
     Args:
         teacher: Features ``(B, C, h, w)`` by layer.
         student: The same of the student.
-        replaced: Share of each pixel that a defect replaced, float32 ``(B, 1, H, W)``, 0..1.
+        opacity: Of the anomalies, float32 ``(B, 1, H, W)``, 0..1.
         weight: Of the second part, a hinge at ``MARGIN``.
 
     Returns:
-        The loss of each image, ``(B,)``: that of the method where nothing is replaced.
+        The loss of each image, float32 ``(B,)``: that of the method where nothing was drawn.
     """
     losses = []
     for distance in distances(teacher, student):
-        covered = F.interpolate(replaced, distance.shape[-2:], mode="area")[:, 0]
-        good = distance * (covered <= INTACT)
-        near = F.relu(MARGIN - distance) * (covered >= REPLACED)
+        covered, apart = F.interpolate(opacity, distance.shape[-2:], mode="area")[:, 0], distance.float()
+        good = apart * (covered <= GOOD)
+        near = F.relu(MARGIN - apart) * (covered >= ANOMALOUS)
         losses.append((good + weight * near).mean(dim=(1, 2)))
     return torch.stack(losses).sum(dim=0)
 
@@ -85,8 +87,8 @@ class Stfpm(DistillationRecipe, AnomalibStfpm):
         layers: Layers whose features are matched.
         weights: Teacher weights: ``hub``, ``bundled`` or a path.
         optimizer: See ``OptimizerConfig``; None is the published recipe (SGD 0.4).
-        synthetic_anomalies: Share of the training images that get a synthetic defect, 0..1, in which the student has to keep
-            its distance from the teacher. 0 is the published recipe.
+        synthetic_anomalies: Share of the training images that get a synthetic anomaly, 0..1, on which the student has to
+            keep its distance from the teacher. 0 is the published recipe.
         anomaly_weight: Weight of that part of the loss.
         pre_processor: See anomalib.
         post_processor: See anomalib.
@@ -139,9 +141,9 @@ class Stfpm(DistillationRecipe, AnomalibStfpm):
         """Return the loss of a batch."""
         if self.anomalies is None:
             return super().training_step(batch, *args, **kwargs)
-        images, replaced = self.with_defects(batch.image)
+        images, opacity = self.with_anomalies(batch.image)
         teacher, student = self.model(images)
-        loss = anomaly_loss(teacher, student, replaced, self.anomaly_weight).mean()
+        loss = anomaly_loss(teacher, student, opacity, self.anomaly_weight).mean()
         self.log("train_loss", loss.detach(), on_epoch=True, prog_bar=True, batch_size=len(images))
         return {"loss": loss}
 

@@ -126,7 +126,7 @@ def _predict(bundle: Bundle, arguments: argparse.Namespace) -> int:
     bundle.threshold(arguments.category)  # an unknown category is an error before anything is built
     paths = find_images(arguments.paths)
     if not paths:
-        raise RunnerError("no image to predict; PNG, JPEG, BMP, TIFF and WebP are read")
+        raise RunnerError("no image to predict; PNG, JPEG, BMP, TIFF and WebP are read, heat maps only where they are named")
     failed = 0
     with gpu() as device:
         ensure_engine(bundle, files, device, _note)

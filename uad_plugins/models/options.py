@@ -1,0 +1,40 @@
+"""Options of the distillation methods, read without torch."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+ANOMALY_WEIGHT = 3.0
+"""Weight of the distance that STFPM's student keeps from its teacher on synthetic anomalies, beside that of following it."""
+
+
+class SyntheticAnomalyOptions(BaseModel):
+    """Training on images into which synthetic anomalies are drawn."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    synthetic_anomalies: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        strict=True,
+        description="Share of the training images that get a synthetic anomaly; 0 is the published recipe.",
+    )
+
+
+class StfpmOptions(SyntheticAnomalyOptions):
+    """Options of STFPM."""
+
+    anomaly_weight: float = Field(
+        ANOMALY_WEIGHT,
+        gt=0,
+        strict=True,
+        allow_inf_nan=False,
+        description="Weight of the distance from the teacher that the student keeps on synthetic anomalies.",
+    )
+
+
+class ReverseDistillationOptions(SyntheticAnomalyOptions):
+    """Options of Reverse Distillation."""
+
+    anomaly_map_mode: str = Field("add", pattern="^(add|multiply)$", description="How the maps of the layers are combined.")

@@ -6,6 +6,7 @@ Every training appends one line to RESULTS/accuracy.jsonl; what is there already
 """
 
 import argparse
+import hashlib
 import json
 import tempfile
 import time
@@ -15,7 +16,7 @@ from anomalib.data import Folder
 from anomalib.engine import Engine
 from anomalib.models import ReverseDistillation, Stfpm
 
-from uad_plugins.config import recipe_path, resolve
+from uad_plugins.config import from_assignments, merge, recipe_path, resolve, to_yaml
 from uad_plugins.data.datamodule import UnifiedDataModule
 from uad_plugins.data.layouts import scan
 from uad_plugins.detector import open_detector
@@ -28,15 +29,21 @@ from uad_plugins.training.quiet import quiet_libraries
 from uad_plugins.training.train import train
 
 
-def uadx_run(arguments, recipe, categories, seed):
-    """Train and evaluate with uadx; return metrics by category and seconds."""
+def configured(arguments, recipe, categories, seed):
+    """Return the configuration of a training with uadx."""
     flags = {
         "model": {"weights": arguments.weights, "backbone": "resnet18"},
         "data": {"image_size": arguments.image_size, "categories": categories},
         "trainer": {"max_epochs": arguments.epochs, "precision": arguments.precision},
         "seed": seed,
     }
-    config = resolve(file=recipe_path(recipe), flags=flags, environment={})
+    flags = merge(flags, from_assignments(arguments.set))
+    return resolve(file=recipe_path(recipe), flags=flags, environment={})
+
+
+def uadx_run(arguments, recipe, categories, seed):
+    """Train and evaluate with uadx; return metrics by category and seconds."""
+    config = configured(arguments, recipe, categories, seed)
     with tempfile.TemporaryDirectory() as folder:
         metrics = train(config, arguments.data, Path(folder) / "run", interactive=False)
         with open_detector(Path(folder) / "run") as detector:
@@ -106,6 +113,7 @@ def main():
     parser.add_argument("--by", nargs="+", default=["uadx", "anomalib"], choices=["uadx", "anomalib"])
     parser.add_argument("--settings", nargs="+", default=["unified", "one-class"])
     parser.add_argument("--precision", default="32-true", help="Of Lightning's Trainer, for both.")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="More settings, of uadx's trainings.")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -119,6 +127,10 @@ def main():
                 for setting in arguments.settings:
                     budget = f"{arguments.image_size}px {arguments.epochs}ep {arguments.precision}"
                     key = f"{by} {recipe} {setting} {budget} seed{seed}"
+                    if by == "uadx":
+                        # A recipe may change, and keep its name.
+                        whole = to_yaml(configured(arguments, recipe, categories, seed))
+                        key += f" {hashlib.sha256(whole.encode()).hexdigest()[:8]}"
                     if key in done:
                         continue
                     run = uadx_run if by == "uadx" else anomalib_run

@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,7 @@ def spoil(rng, image, kind):
 
 def measure(folder, data, each):
     """Return AUROC by category, and the mean over them."""
-    table, found = samples_of(Run.open(folder), data, partial(print, file=sys.stderr)), {}
+    table, aurocs = samples_of(Run.open(folder), data, partial(print, file=sys.stderr)), {}
     with open_detector(folder) as detector:
         for category in detector.categories:
             rng = np.random.default_rng(0)
@@ -54,14 +55,10 @@ def measure(folder, data, each):
             for index in table.where(split="val", category=category, label=NORMAL):
                 good = decode(table.paths[int(index)], detector.image_size).pixels
                 spoilt = [spoil(rng, good, kind) for kind in ("scratch", "stain", "blur") for _ in range(each)]
-                seen = np.stack([good, *spoilt])
-                if detector.by_category:
-                    scores.append(detector.infer_by_category(seen, [category] * len(seen))[0])
-                else:
-                    scores.append(detector.infer(seen)[0])
+                scores += [found.score for found in detector.stream([good, *spoilt], categories=repeat(category))]
                 labels += [0] + [1] * len(spoilt)
-            found[category] = binary_auroc(torch.from_numpy(np.concatenate(scores)), torch.tensor(labels)).item()
-    return {"run": str(folder), "mean": float(np.mean(list(found.values()))), **found}
+            aurocs[category] = binary_auroc(torch.tensor(scores), torch.tensor(labels)).item()
+    return {"run": str(folder), "mean": float(np.mean(list(aurocs.values()))), **aurocs}
 
 
 def main():

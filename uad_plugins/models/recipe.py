@@ -84,6 +84,19 @@ class DistillationRecipe:
                 ``(B, 3, H, W)``, normalised, in the way in which quantizers act. The function begins as ``distil`` does.
         """
 
+    def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return the loss of a batch: anomalib's step, or one with synthetic anomalies."""
+        if self.anomalies is None:
+            return super().training_step(batch, *args, **kwargs)  # type: ignore[misc]
+        module: Any = self
+        loss = self.loss_with_anomalies(batch.image)
+        module.log("train_loss", loss.detach(), on_epoch=True, prog_bar=True, batch_size=len(batch.image))
+        return {"loss": loss}
+
+    def loss_with_anomalies(self, images: torch.Tensor) -> torch.Tensor:
+        """Return the scalar loss of good training images, float32 ``(B, 3, H, W)``, normalised, after drawing into them."""
+        raise NotImplementedError
+
     def with_anomalies(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Draw synthetic anomalies into training images, normalised as they are; see ``SyntheticAnomalies.draw``.
 

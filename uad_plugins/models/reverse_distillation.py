@@ -114,19 +114,16 @@ class ReverseDistillation(DistillationRecipe, AnomalibReverseDistillation):
         """Return the parameters of bottleneck and decoder."""
         return chain(self.model.decoder.parameters(), self.model.bottleneck.parameters())
 
-    def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        """Return the loss of a batch."""
-        if self.anomalies is None:
-            return super().training_step(batch, *args, **kwargs)
-        images, opacity = self.with_anomalies(batch.image)
-        encoded, decoded = self.model(images)
-        drawn = opacity.amax(dim=(1, 2, 3)) > 0
-        if drawn.any():
-            good = self.model.encoder(batch.image[drawn]).values()
-            encoded = [feature.index_put((drawn,), part) for feature, part in zip(encoded, good, strict=True)]
-        loss = self.loss(encoded, decoded)
-        self.log("train_loss", loss.detach(), on_epoch=True, prog_bar=True, batch_size=len(images))
-        return {"loss": loss}
+    def loss_with_anomalies(self, images: torch.Tensor) -> torch.Tensor:
+        """Have the decoder restore the good part where anomalies are drawn; see ``DistillationRecipe``."""
+        drawn, opacity = self.with_anomalies(images)
+        encoded, decoded = self.model(drawn)
+        chosen = opacity.amax(dim=(1, 2, 3)) > 0
+        if chosen.any():
+            good = self.model.encoder(images[chosen]).values()
+            encoded = [feature.index_put((chosen,), part) for feature, part in zip(encoded, good, strict=True)]
+        loss: torch.Tensor = self.loss(encoded, decoded)
+        return loss
 
     @staticmethod
     def distil(network: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -137,15 +137,11 @@ class Stfpm(DistillationRecipe, AnomalibStfpm):
         parameters: Iterable[nn.Parameter] = self.model.student_model.parameters()
         return parameters
 
-    def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        """Return the loss of a batch."""
-        if self.anomalies is None:
-            return super().training_step(batch, *args, **kwargs)
-        images, opacity = self.with_anomalies(batch.image)
-        teacher, student = self.model(images)
-        loss = anomaly_loss(teacher, student, opacity, self.anomaly_weight).mean()
-        self.log("train_loss", loss.detach(), on_epoch=True, prog_bar=True, batch_size=len(images))
-        return {"loss": loss}
+    def loss_with_anomalies(self, images: torch.Tensor) -> torch.Tensor:
+        """Keep the student apart from its teacher where anomalies are drawn; see ``DistillationRecipe``."""
+        drawn, opacity = self.with_anomalies(images)
+        teacher, student = self.model(drawn)
+        return anomaly_loss(teacher, student, opacity, self.anomaly_weight).mean()
 
     @staticmethod
     def distil(network: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

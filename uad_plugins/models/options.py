@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 from pydantic import BaseModel, ConfigDict, Field
 
 ANOMALY_WEIGHT = 3.0
 """Weight of the distance that STFPM's student keeps from its teacher on synthetic anomalies, beside that of following it."""
+
+Filling = Literal["noise", "discolour", "blur", "misplace", "foreign"]
+
+FILLINGS: tuple[Filling, ...] = get_args(Filling)
+
+SOFT_EDGES = 0.5
+"""Share of the synthetic anomalies whose edges fade."""
 
 
 class SyntheticAnomalyOptions(BaseModel):
@@ -19,6 +28,15 @@ class SyntheticAnomalyOptions(BaseModel):
         le=1,
         strict=True,
         description="Share of the training images that get a synthetic anomaly; 0 is the published recipe.",
+    )
+    anomaly_fillings: list[Filling] = Field(
+        list(FILLINGS),
+        min_length=1,
+        description="What anomalies are filled with, each as often: noise; the part's surface in another tone, blurred, or "
+        "of another place; a piece of another image.",
+    )
+    anomaly_soft_edges: float = Field(
+        SOFT_EDGES, ge=0, le=1, strict=True, description="Share of the anomalies whose edges fade; the others' are sharp."
     )
 
 

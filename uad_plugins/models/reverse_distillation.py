@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from uad_plugins.config import OptimizerConfig
 from uad_plugins.errors import UsageError
 from uad_plugins.models.backbones import CHECKPOINT, HUB, load_backbone, require_architecture
+from uad_plugins.models.options import FILLINGS, SOFT_EDGES, Filling
 from uad_plugins.models.recipe import DistillationRecipe
 from uad_plugins.models.synthetic_anomalies import SyntheticAnomalies
 
@@ -63,6 +64,8 @@ class ReverseDistillation(DistillationRecipe, AnomalibReverseDistillation):
         optimizer: See ``OptimizerConfig``; None is the published recipe (Adam 5e-3).
         synthetic_anomalies: Share of the training images in which the decoder gets a synthetic anomaly, 0..1, and has to
             restore the features of the good part. 0 is the published recipe.
+        anomaly_fillings: What they are filled with; see ``SyntheticAnomalies``.
+        anomaly_soft_edges: Share of them whose edges fade, 0..1.
         pre_processor: See anomalib.
         post_processor: See anomalib.
         evaluator: See anomalib.
@@ -82,6 +85,8 @@ class ReverseDistillation(DistillationRecipe, AnomalibReverseDistillation):
         weights: str = HUB,
         optimizer: Mapping[str, Any] | None = None,
         synthetic_anomalies: float = 0.0,
+        anomaly_fillings: Sequence[Filling] = FILLINGS,
+        anomaly_soft_edges: float = SOFT_EDGES,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
@@ -108,7 +113,7 @@ class ReverseDistillation(DistillationRecipe, AnomalibReverseDistillation):
         self.model.to(memory_format=torch.channels_last)
         self.loss = AnyLayoutLoss()
         if synthetic_anomalies:
-            self.anomalies = SyntheticAnomalies(synthetic_anomalies)
+            self.anomalies = SyntheticAnomalies(synthetic_anomalies, anomaly_fillings, anomaly_soft_edges)
 
     def trained_parameters(self) -> Iterable[nn.Parameter]:
         """Return the parameters of bottleneck and decoder."""

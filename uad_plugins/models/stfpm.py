@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from uad_plugins.config import OptimizerConfig
 from uad_plugins.models.backbones import HUB, alias, backbone_weights, require_architecture
-from uad_plugins.models.options import ANOMALY_WEIGHT
+from uad_plugins.models.options import ANOMALY_WEIGHT, FILLINGS, SOFT_EDGES, Filling
 from uad_plugins.models.recipe import DistillationRecipe
 from uad_plugins.models.synthetic_anomalies import SyntheticAnomalies
 
@@ -89,6 +89,8 @@ class Stfpm(DistillationRecipe, AnomalibStfpm):
         optimizer: See ``OptimizerConfig``; None is the published recipe (SGD 0.4).
         synthetic_anomalies: Share of the training images that get a synthetic anomaly, 0..1, on which the student has to
             keep its distance from the teacher. 0 is the published recipe.
+        anomaly_fillings: What they are filled with; see ``SyntheticAnomalies``.
+        anomaly_soft_edges: Share of them whose edges fade, 0..1.
         anomaly_weight: Weight of that part of the loss.
         pre_processor: See anomalib.
         post_processor: See anomalib.
@@ -107,6 +109,8 @@ class Stfpm(DistillationRecipe, AnomalibStfpm):
         weights: str = HUB,
         optimizer: Mapping[str, Any] | None = None,
         synthetic_anomalies: float = 0.0,
+        anomaly_fillings: Sequence[Filling] = FILLINGS,
+        anomaly_soft_edges: float = SOFT_EDGES,
         anomaly_weight: float = ANOMALY_WEIGHT,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
@@ -129,7 +133,7 @@ class Stfpm(DistillationRecipe, AnomalibStfpm):
         self.model.to(memory_format=torch.channels_last)
         self.loss = MeanSTFPMLoss()
         if synthetic_anomalies:
-            self.anomalies = SyntheticAnomalies(synthetic_anomalies)
+            self.anomalies = SyntheticAnomalies(synthetic_anomalies, anomaly_fillings, anomaly_soft_edges)
         self.anomaly_weight = anomaly_weight
 
     def trained_parameters(self) -> Iterable[nn.Parameter]:

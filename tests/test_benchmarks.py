@@ -147,9 +147,10 @@ def test_recipes_are_judged_by_defects_in_held_out_parts(trained, products):
     assert done.returncode == 0, done.stderr
     line = json.loads(done.stdout)
     names = sorted(folder.name for folder in products.iterdir() if folder.is_dir())
-    assert sorted(set(line) - {"run", "mean"}) == names
-    assert all(0 <= line[name] <= 1 for name in names)
-    assert line["mean"] == pytest.approx(sum(line[name] for name in names) / len(names))
+    assert sorted(line["categories"]) == names
+    for aurocs in (line["categories"], line["kinds"]):
+        assert all(0 <= auroc <= 1 for auroc in aurocs.values())
+        assert line["mean"] == pytest.approx(sum(aurocs.values()) / len(aurocs))
 
 
 @pytest.mark.parametrize(("sign", "expected"), [(1, 1.0), (-1, 0.0)])
@@ -166,18 +167,29 @@ def test_the_part_as_it_was_is_the_good_one(trained, products, sign, expected):
             return sign * change.mean(axis=(1, 2)), change
 
     measure.__globals__["open_detector"] = lambda folder: Sharp()
-    assert measure(trained, str(products), 2)["mean"] == expected
+    assert measure(trained, str(products), 1)["mean"] == expected
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (64, 128), (128, 64)])
-@pytest.mark.parametrize("kind", ["scratch", "stain", "blur"])
+@pytest.mark.parametrize("kind", ["scratch", "stain", "blur", "hole", "shade", "misplaced", "piece"])
 def test_defects_are_drawn_everywhere_in_a_part(kind, shape):
     spoil = runpy.run_path(str(BENCHMARKS / "held_out_defects.py"))["spoil"]
     rng = np.random.default_rng(1)
     part = rng.integers(60, 180, (*shape, 3), dtype=np.uint8)
+    other = rng.integers(180, 250, (*shape, 3), dtype=np.uint8)
     quadrants = set()
     for _ in range(40):
-        rows, columns = np.nonzero((spoil(rng, part, kind) != part).any(axis=-1))
-        assert len(rows)
-        quadrants.add((rows.mean() < shape[0] / 2, columns.mean() < shape[1] / 2))
+        change = np.abs(spoil(rng, part, kind, other).astype(float) - part).sum(axis=-1)
+        assert change.any()
+        centre = [np.average(np.arange(length), weights=change.sum(axis=1 - side)) for side, length in enumerate(shape)]
+        quadrants.add(tuple(place < length / 2 for place, length in zip(centre, shape, strict=True)))
     assert len(quadrants) == 4
+
+
+def test_pieces_are_of_the_other_product():
+    spoil = runpy.run_path(str(BENCHMARKS / "held_out_defects.py"))["spoil"]
+    rng = np.random.default_rng(1)
+    black, white = np.zeros((64, 64, 3), np.uint8), np.full((64, 64, 3), 255, np.uint8)
+    assert spoil(rng, black, "piece", white).max() > 50
+    assert np.array_equal(spoil(rng, black, "piece", black), black)
+    assert np.array_equal(spoil(rng, black, "misplaced", white), black)

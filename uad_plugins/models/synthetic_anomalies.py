@@ -7,6 +7,7 @@ defects. Shown synthetic ones while training, it learns where to stop.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -121,7 +122,7 @@ class SyntheticAnomalies:
         parts = (images - black) / (white - black)
         filling = self._filled(Material(noise, parts, parts.roll(1, 0), chances[:, 9:].to(images)), chances[:, 8])
         change = opacity * (filling - parts).abs().mean(dim=1, keepdim=True)
-        seen = F.max_pool2d(change, 2 * _reach(change) + 1, stride=1, padding=_reach(change)) >= MIN_CHANGE
+        seen = _around(change, F.max_pool2d) >= MIN_CHANGE
         return torch.lerp(images, normalize(filling).to(images.dtype), opacity), opacity * seen
 
     def _filled(self, material: Material, chances: torch.Tensor) -> torch.Tensor:
@@ -145,18 +146,16 @@ def _moved(images: torch.Tensor, chances: torch.Tensor) -> torch.Tensor:
 
 def _faded(fillings: torch.Tensor, shapes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Let the edges of shapes ``(B, 1, H, W)`` fade, and go on with the fillings ``(B, 3, H, W)`` beyond them."""
-    reach = _reach(shapes)
-
-    def mean(images: torch.Tensor) -> torch.Tensor:
-        return F.avg_pool2d(images, 2 * reach + 1, stride=1, padding=reach, count_include_pad=False)
-
-    faded = mean(shapes)
-    return torch.where(shapes > 0, fillings, mean(fillings * shapes) / faded.clamp_min(1e-6)), faded
+    mean = partial(F.avg_pool2d, count_include_pad=False)
+    faded = _around(shapes, mean)
+    return torch.where(shapes > 0, fillings, _around(fillings * shapes, mean) / faded.clamp_min(1e-6)), faded
 
 
-def _reach(images: torch.Tensor) -> int:
-    """Return how far a pixel's surroundings reach, in pixels."""
-    return int(max(images.shape[-2:])) // (2 * COARSE)
+def _around(images: torch.Tensor, pool: Callable[..., torch.Tensor]) -> torch.Tensor:
+    """Return the mean or the largest value in each pixel's surroundings, by rows and then by columns, which costs less."""
+    reach = int(max(images.shape[-2:])) // (2 * COARSE)
+    rows = pool(images, (1, 2 * reach + 1), stride=1, padding=(0, reach))
+    return pool(rows, (2 * reach + 1, 1), stride=1, padding=(reach, 0))
 
 
 def _bank(height: int, width: int) -> torch.Tensor:

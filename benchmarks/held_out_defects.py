@@ -3,7 +3,8 @@
     python benchmarks/held_out_defects.py RUN [RUN …] --data DATA [--each 2]
 
 Scratches, stains, blurred places, holes, shades, misplaced pieces and pieces of other products, faint ones among them, in
-shapes that ``model.options.synthetic_anomalies`` does not draw. One JSON line a run; its mean counts.
+shapes that ``model.options.synthetic_anomalies`` does not draw. One JSON line a run; its mean counts. Compare runs of the
+same products: where there is but one, the foreign pieces are its own.
 """
 
 import argparse
@@ -14,21 +15,20 @@ from itertools import repeat
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageFilter
-from torchmetrics.functional.classification import binary_auroc
 
 from uad_plugins.artifacts import Run
 from uad_plugins.data.products.drawing import blend, blob, grid, scratch
 from uad_plugins.data.samples import NORMAL
 from uad_plugins.detector import decode, open_detector
+from uad_plugins.evaluation.metrics import image_metrics
 from uad_plugins.quantization.samples import samples_of
 
 KINDS = ("scratch", "stain", "blur", "hole", "shade", "misplaced", "piece")
 
 
 def spoil(rng, image, kind, other=None):
-    """Draw a defect into a square or oblong part, uint8 ``(H, W, 3)``; ``other`` is one of another product."""
+    """Draw a defect into a square or oblong part, uint8 ``(H, W, 3)``; ``other`` is one to take pieces from."""
     height, width = image.shape[:2]
     side = max(height, width)
     # In a square around the part that reaches from -1 to 1, as x and y.
@@ -88,7 +88,7 @@ def measure(folder, data, each):
 
 def auroc(good, bad):
     """Return how well scores tell bad from good, 0..1."""
-    return binary_auroc(torch.tensor(good + bad), torch.tensor([0] * len(good) + [1] * len(bad))).item()
+    return image_metrics(np.array(good + bad), np.array([0] * len(good) + [1] * len(bad)))["image_auroc"]
 
 
 def main():

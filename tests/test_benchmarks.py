@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from uad_plugins.detector import Detector
+from uad_plugins.detector import Detector, decode
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -184,6 +184,30 @@ def test_defects_are_drawn_everywhere_in_a_part(kind, shape):
         centre = [np.average(np.arange(length), weights=change.sum(axis=1 - side)) for side, length in enumerate(shape)]
         quadrants.add(tuple(place < length / 2 for place, length in zip(centre, shape, strict=True)))
     assert len(quadrants) == 4
+
+
+def test_pieces_come_from_other_products(trained, products):
+    measure, asked = runpy.run_path(str(BENCHMARKS / "held_out_defects.py"))["measure"], []
+    spoil = measure.__globals__["spoil"]
+
+    def spy(rng, image, kind, other):
+        asked.append(other)
+        return spoil(rng, image, kind, other)
+
+    measure.__globals__["spoil"] = spy
+    found = measure(trained, str(products), 1)
+    names = sorted(found["categories"])
+    each = len(asked) // len(names)
+    for number, name in enumerate(names):
+        own = [decode(path, (64, 64)).pixels for path in (products / name / "train").rglob("*.png")]
+        others = asked[number * each : (number + 1) * each]
+        assert own
+        assert not any(np.array_equal(other, one) for other in others for one in own)
+
+
+def test_large_scores_are_told_apart():
+    auroc = runpy.run_path(str(BENCHMARKS / "held_out_defects.py"))["auroc"]
+    assert auroc([20.0, 21.0], [38.0, 39.0]) == 1
 
 
 def test_pieces_are_of_the_other_product():

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from uad_plugins.errors import UsageError
 from uad_plugins.models import ReverseDistillation, Stfpm
 from uad_plugins.models.backbones import alias, backbone_weights
+from uad_plugins.models.options import FILLINGS
 from uad_plugins.models.stfpm import MARGIN, MeanSTFPMLoss, anomaly_loss, distances
 from uad_plugins.models.synthetic_anomalies import MAKERS, MIN_CHANGE, MIN_OPACITY, Material, SyntheticAnomalies
 
@@ -106,14 +107,46 @@ def test_images_of_any_size():
         assert (opacity.amax(dim=(1, 2, 3)) > 0).any()
 
 
-def material(chances):
-    parts, others = ((textured(2, side) + 1) / 2 for side in (8, 5))
-    return Material(torch.rand(2, 3, *SIZE, generator=seeded(1)), parts, others, torch.tensor([chances] * 2))
+def material(chances, size=SIZE, shapes=None):
+    parts, others = (
+        F.interpolate(torch.rand(2, 3, side, side, generator=seeded(side)), size, mode="bilinear") for side in (8, 5)
+    )
+    if shapes is None:
+        shapes = torch.randint(0, 256, (2, 4, *size), dtype=torch.uint8, generator=seeded(1))
+    return Material(parts, others, shapes, torch.tensor([[0.0, 0.0, 0.9, 0.9]] * 2), torch.tensor([chances] * 2))
 
 
-def test_noise_is_that_of_the_generator():
-    given = material([0.3] * 4)
-    assert torch.equal(MAKERS["noise"](given), given.noise)
+def test_noise_is_that_of_the_bank_and_goes_on_beyond_the_shape():
+    shapes = torch.zeros(2, 4, *SIZE, dtype=torch.uint8)
+    shapes[:, :3, 20:40, 10:50], shapes[:, 3, 20:40, 10:50] = 153, 255
+    made = MAKERS["noise"](material([0.3] * 4, shapes=shapes))
+    # Two pixels are what edges fade across at this size.
+    assert torch.allclose(made[..., 18:42, 8:52], torch.tensor(0.6))
+    assert not made[..., :10, :].any()
+
+
+def test_each_filling_is_as_frequent_whether_edges_fade_or_not(make, monkeypatch):
+    values = dict(zip(FILLINGS, (0.1, 0.3, 0.5, 0.7, 0.9), strict=True))
+    for name, value in values.items():
+        monkeypatch.setitem(MAKERS, name, lambda material, value=value: torch.full_like(material.parts, value))
+    some, grey = make(1.0), torch.full((400, 3, *SIZE), 2.0)
+    drawn, opacity = some.draw(grey, doubled, seeded(5))
+    filled = {True: [], False: []}
+    visible = opacity.flatten(1).any(dim=1)
+    assert visible.float().mean() > 0.9
+    for image, covered in zip(drawn[visible], opacity[visible], strict=True):
+        place = covered.flatten().argmax()
+        moved = (image[0].flatten()[place] - 2) / covered.flatten()[place]
+        filled[len(covered.unique()) > 2].append(round(((moved + 2 + 1) / 2).item(), 2))
+    for found in filled.values():
+        assert set(found) == set(values.values())
+        assert all(0.1 < found.count(value) / len(found) < 0.3 for value in values.values())
+
+
+@pytest.mark.parametrize("transform", [lambda images: images - images.mean(dim=(-2, -1), keepdim=True), torch.zeros_like])
+def test_only_scaled_channels_can_be_drawn_into(transform):
+    with pytest.raises(UsageError, match="Normalize"):
+        SyntheticAnomalies(1.0).draw(torch.rand(2, 3, 32, 32), transform, seeded())
 
 
 @pytest.mark.parametrize(("darker", "less"), [(0.1, True), (0.9, False)])
@@ -128,12 +161,19 @@ def test_a_surface_of_another_tone(darker, by_factor, less):
     assert 0 <= made.min() <= made.max() <= 1
 
 
-def test_a_surface_without_its_details():
-    given = material([0.5] * 4)
-    fine = given._replace(parts=(given.parts + given.noise) / 2)
+@pytest.mark.parametrize("size", [SIZE, (100, 70)])
+def test_a_surface_without_its_details(size):
+    given = material([0.5] * 4, size)
+    fine = given._replace(parts=(given.parts + torch.rand(2, 3, *size, generator=seeded(2))) / 2)
     made = MAKERS["blur"](fine)
     assert torch.allclose(made.mean(dim=(2, 3)), fine.parts.mean(dim=(2, 3)), atol=0.02)
     assert (made[..., 1:] - made[..., :-1]).abs().mean() < (fine.parts[..., 1:] - fine.parts[..., :-1]).abs().mean() / 4
+    # What was at a place stays there.
+    ramp = torch.linspace(0, 1, size[0])[:, None].expand(2, 3, *size)
+    blurred = MAKERS["blur"](given._replace(parts=ramp))
+    assert torch.allclose(
+        blurred[..., size[0] // 8 : -size[0] // 8, :], ramp[..., size[0] // 8 : -size[0] // 8, :], atol=0.02
+    )
 
 
 @pytest.mark.parametrize(("name", "source"), [("misplace", "parts"), ("foreign", "others")])
@@ -254,8 +294,8 @@ def test_images_that_nothing_normalises_take_defects_as_they_are():
     assert 0.2 < drawn.max() <= 1
 
 
-@pytest.mark.parametrize("changed", ["seed", "global_step", "global_rank"])
-def test_seed_step_and_process_say_which_anomalies(changed, monkeypatch):
+@pytest.mark.parametrize("changed", ["seed", "current_epoch", "global_rank", "batch_idx"])
+def test_seed_epoch_batch_and_process_say_which_anomalies(changed, monkeypatch):
     model = build(Stfpm, synthetic_anomalies=1.0)
     images = textured(4)
     torch.manual_seed(1)
@@ -264,9 +304,9 @@ def test_seed_step_and_process_say_which_anomalies(changed, monkeypatch):
     assert torch.equal(model.with_anomalies(images)[1], before)
     if changed == "seed":
         torch.manual_seed(2)
-    else:
+    elif changed != "batch_idx":
         monkeypatch.setattr(Stfpm, changed, 1)
-    assert not torch.equal(model.with_anomalies(images)[1], before)
+    assert not torch.equal(model.with_anomalies(images, int(changed == "batch_idx"))[1], before)
 
 
 @pytest.mark.parametrize("share", [0.5, 1.0])

@@ -84,29 +84,29 @@ class DistillationRecipe:
                 ``(B, 3, H, W)``, normalised, in the way in which quantizers act. The function begins as ``distil`` does.
         """
 
-    def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+    def training_step(self, batch: Any, batch_idx: int = 0, *args: Any, **kwargs: Any) -> Any:
         """Return the loss of a batch: anomalib's step, or one with synthetic anomalies."""
         if self.anomalies is None:
-            return super().training_step(batch, *args, **kwargs)  # type: ignore[misc]
+            return super().training_step(batch, batch_idx, *args, **kwargs)  # type: ignore[misc]
         module: Any = self
-        loss = self.loss_with_anomalies(batch.image)
+        loss = self.loss_with_anomalies(batch.image, batch_idx)
         module.log("train_loss", loss.detach(), on_epoch=True, prog_bar=True, batch_size=len(batch.image))
         return {"loss": loss}
 
-    def loss_with_anomalies(self, images: torch.Tensor) -> torch.Tensor:
+    def loss_with_anomalies(self, images: torch.Tensor, batch_idx: int) -> torch.Tensor:
         """Return the scalar loss of good training images, float32 ``(B, 3, H, W)``, normalised, after drawing into them."""
         raise NotImplementedError
 
-    def with_anomalies(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def with_anomalies(self, images: torch.Tensor, batch_idx: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """Draw synthetic anomalies into training images, normalised as they are; see ``SyntheticAnomalies.draw``.
 
-        Seed, step and process alone say which: a resumed training sees those that an unbroken one would, and each process
-        others.
+        Seed, epoch, batch and process alone say which: a resumed training sees those that an unbroken one would, and each
+        process others.
         """
         assert self.anomalies is not None
         transform = getattr(getattr(self, "pre_processor", None), "transform", None)
         place: Any = self
-        sequence = np.random.SeedSequence([torch.initial_seed(), place.global_step, place.global_rank])
+        sequence = np.random.SeedSequence([torch.initial_seed(), place.current_epoch, batch_idx, place.global_rank])
         generator = torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1)))
         return self.anomalies.draw(images, transform or nn.Identity(), generator)
 

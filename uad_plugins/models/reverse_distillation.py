@@ -119,9 +119,9 @@ class ReverseDistillation(DistillationRecipe, AnomalibReverseDistillation):
         """Return the parameters of bottleneck and decoder."""
         return chain(self.model.decoder.parameters(), self.model.bottleneck.parameters())
 
-    def loss_with_anomalies(self, images: torch.Tensor) -> torch.Tensor:
+    def loss_with_anomalies(self, images: torch.Tensor, batch_idx: int) -> torch.Tensor:
         """Have the decoder restore the good part where anomalies are drawn; see ``DistillationRecipe``."""
-        drawn, opacity = self.with_anomalies(images)
+        drawn, opacity = self.with_anomalies(images, batch_idx)
         encoded, decoded = self.model(drawn)
         chosen = opacity.amax(dim=(1, 2, 3)) > 0
         if chosen.any():

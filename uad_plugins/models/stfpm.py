@@ -141,9 +141,9 @@ class Stfpm(DistillationRecipe, AnomalibStfpm):
         parameters: Iterable[nn.Parameter] = self.model.student_model.parameters()
         return parameters
 
-    def loss_with_anomalies(self, images: torch.Tensor) -> torch.Tensor:
+    def loss_with_anomalies(self, images: torch.Tensor, batch_idx: int) -> torch.Tensor:
         """Keep the student apart from its teacher where anomalies are drawn; see ``DistillationRecipe``."""
-        drawn, opacity = self.with_anomalies(images)
+        drawn, opacity = self.with_anomalies(images, batch_idx)
         teacher, student = self.model(drawn)
         return anomaly_loss(teacher, student, opacity, self.anomaly_weight).mean()
 

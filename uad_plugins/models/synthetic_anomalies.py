@@ -14,16 +14,20 @@ import torch
 from anomalib.data.utils.generators.perlin import PerlinAnomalyGenerator
 from torch.nn import functional as F
 
+from uad_plugins.errors import UsageError
 from uad_plugins.models.options import FILLINGS, SOFT_EDGES, Filling
 
 LARGEST_BANK, SMALLEST_BANK, BANK_BYTES = 256, 32, 1 << 26
 """How many shapes are made ready at most and at least, and the memory that more than the least may take."""
 
 MIN_OPACITY = 0.25
-"""Opacity of the faintest anomaly."""
+"""Opacity of the faintest anomaly, before its edges fade."""
 
 MIN_CHANGE = 0.03
-"""Of RGB in 0..1, most in a pixel's surroundings: less is no anomaly (a flat surface blurred, a white one brightened)."""
+"""Smallest change of RGB in 0..1 that counts: mean of the channels, after blending, the largest in a pixel's surroundings.
+
+A white board made brighter is no anomaly, nor is a smooth surface blurred.
+"""
 
 COARSE = 16
 """The part of an image's side that blurring takes together, and across which soft edges fade."""
@@ -33,25 +37,46 @@ SEED = 0
 
 
 class Material(NamedTuple):
-    """What fillings are made of: RGB in 0..1, float ``(B, 3, H, W)``, and float ``(B, 4)`` in 0..1 that say how."""
+    """What fillings are made of.
 
-    noise: torch.Tensor
+    Attributes:
+        parts: The images to draw into, RGB in 0..1, float ``(B, 3, H, W)``.
+        others: Other images of the batch, where it has more than one; as ``parts``.
+        shapes: From the bank, uint8 ``(B, 4, H, W)``: noise and mask.
+        places: float ``(B, 4)``, 0..1, on the CPU: how the shapes are moved; see ``_moved``.
+        chances: float ``(B, 4)``, 0..1, on the CPU: how the filling is made.
+    """
+
     parts: torch.Tensor
     others: torch.Tensor
+    shapes: torch.Tensor
+    places: torch.Tensor
     chances: torch.Tensor
+
+    def at(self, rows: torch.Tensor) -> Material:
+        """Return that of some images, for int64 ``(N,)`` on the CPU."""
+        return Material(*(each[rows.to(each.device)] for each in self))
+
+
+def _noise(material: Material) -> torch.Tensor:
+    """Noise of anomalib's, going on beyond the shape that it lies in."""
+    moved = _moved(material.shapes, material.places).to(material.parts.dtype) / 255
+    noise, shapes = moved[:, :3], moved[:, 3:]
+    return torch.where(shapes > 0, noise, _around(noise * shapes) / _around(shapes).clamp_min(1e-6))
 
 
 def _discolour(material: Material) -> torch.Tensor:
     """Darken or brighten, by a factor or by an amount."""
-    darker, by_factor, much, _ = (chance.view(-1, 1, 1, 1) for chance in material.chances.unbind(1))
+    darker, by_factor, much, _ = (chance.view(-1, 1, 1, 1) for chance in material.chances.to(material.parts).unbind(1))
     factor = torch.where(darker < 0.5, 0.3 + 0.5 * much, 1.25 + 0.75 * much)
     amount = torch.where(darker < 0.5, -1, 1) * (0.1 + 0.3 * much)
     return torch.where(by_factor < 0.5, material.parts * factor, material.parts + amount).clamp(0, 1)
 
 
 def _blur(material: Material) -> torch.Tensor:
-    cells = [max(1, side // COARSE) for side in material.parts.shape[-2:]]
-    return F.interpolate(F.avg_pool2d(material.parts, cells), material.parts.shape[-2:], mode="bilinear")
+    size = material.parts.shape[-2:]
+    cells = [side // max(1, side // COARSE) for side in size]
+    return F.interpolate(F.adaptive_avg_pool2d(material.parts, cells), size, mode="bilinear")
 
 
 def _misplace(material: Material) -> torch.Tensor:
@@ -63,7 +88,7 @@ def _foreign(material: Material) -> torch.Tensor:
 
 
 MAKERS: dict[Filling, Callable[[Material], torch.Tensor]] = {
-    "noise": lambda material: material.noise,
+    "noise": _noise,
     "discolour": _discolour,
     "blur": _blur,
     "misplace": _misplace,
@@ -98,60 +123,69 @@ class SyntheticAnomalies:
         """Draw anomalies into a batch.
 
         Args:
-            images: float32 ``(B, 3, H, W)``, normalised.
+            images: float ``(B, 3, H, W)``, normalised.
             normalize: Turns RGB in 0..1 of this size into what ``images`` are, each channel by a factor and an amount.
             generator: On the CPU; says which images get one, which, where, how opaque, and what it is filled with.
 
         Returns:
-            The images with anomalies, and their opacity, float32 ``(B, 1, H, W)`` in 0..1, 0 where the image is as it was or
+            The images with anomalies, and their opacity, float ``(B, 1, H, W)`` in 0..1, 0 where the image is as it was or
             can hardly be told from it.
+
+        Raises:
+            UsageError: The images were normalised by something else than a factor and an amount.
         """
+        black, white = (normalize(torch.full_like(images[:1], value)) for value in (0, 1))
         if self._bank is None or self._bank.shape[-2:] != images.shape[-2:]:
             self._bank = _bank(*images.shape[-2:])
+            if not (1 / (white - black)).isfinite().all():
+                raise UsageError("synthetic anomalies: the pre-processor does more than scale channels", "use Normalize")
         self._bank = self._bank.to(images.device)
         chances = torch.rand(len(images), 13, generator=generator)
-        which = (chances[:, 0] * len(self._bank)).long()
-        taken = _moved(self._bank[which.to(images.device)], chances[:, 1:5]).to(images.dtype) / 255
-        noise, shapes = taken[:, :3], taken[:, 3:]
-        soft = (chances[:, 5] < self.soft_edges).to(images.device)
-        noise[soft], shapes[soft] = _faded(noise[soft], shapes[soft])
-        strengths = torch.where(chances[:, 6] < self.share, MIN_OPACITY + (1 - MIN_OPACITY) * chances[:, 7], 0)
-        opacity = shapes * strengths.to(images).view(-1, 1, 1, 1)
+        rows = torch.nonzero(chances[:, 6] < self.share)[:, 0]
+        drawn, opacities = images.clone(), torch.zeros_like(images[:, :1])
+        if len(rows):
+            parts = (images - black) / (white - black)
+            shapes = self._bank[(chances[:, 0] * len(self._bank)).long().to(images.device)]
+            material = Material(parts, parts.roll(1, 0), shapes, chances[:, 1:5], chances[:, 9:]).at(rows)
+            opacity = self._opacity(material, chances[rows, 5], chances[rows, 7])
+            filling = self._filling(material, chances[rows, 8])
+            places = rows.to(images.device)
+            drawn[places] = torch.lerp(images[places], normalize(filling).to(images.dtype), opacity)
+            change = opacity * (filling - material.parts).abs().mean(dim=1, keepdim=True)
+            opacities[places] = opacity * (_around(change, F.max_pool2d) >= MIN_CHANGE)
+        return drawn, opacities
 
-        black, white = (normalize(torch.full_like(images[:1], value)) for value in (0, 1))
-        parts = (images - black) / (white - black)
-        filling = self._filled(Material(noise, parts, parts.roll(1, 0), chances[:, 9:].to(images)), chances[:, 8])
-        change = opacity * (filling - parts).abs().mean(dim=1, keepdim=True)
-        seen = _around(change, F.max_pool2d) >= MIN_CHANGE
-        return torch.lerp(images, normalize(filling).to(images.dtype), opacity), opacity * seen
+    def _opacity(self, material: Material, chances: torch.Tensor, strengths: torch.Tensor) -> torch.Tensor:
+        """Return how opaque anomalies are, for chances ``(B,)`` of edges that fade, and strengths ``(B,)``."""
+        shapes = _moved(material.shapes[:, 3:], material.places).to(material.parts.dtype) / 255
+        soft = torch.nonzero(chances < self.soft_edges)[:, 0].to(shapes.device)
+        shapes[soft] = _around(shapes[soft])
+        return shapes * (MIN_OPACITY + (1 - MIN_OPACITY) * strengths).to(shapes).view(-1, 1, 1, 1)
 
-    def _filled(self, material: Material, chances: torch.Tensor) -> torch.Tensor:
-        """Return what each anomaly is filled with, for chances ``(B,)`` of one filling or another."""
-        kinds, filling = (chances * len(self.fillings)).long().to(material.noise.device), torch.empty_like(material.noise)
+    def _filling(self, material: Material, chances: torch.Tensor) -> torch.Tensor:
+        """Return what each anomaly is filled with, RGB in 0..1, for chances ``(B,)`` of one filling or another."""
+        kinds, filling = (chances * len(self.fillings)).long(), torch.empty_like(material.parts)
         for number, name in enumerate(self.fillings):
-            these = kinds == number
-            filling[these] = MAKERS[name](Material(*(each[these] for each in material)))
+            rows = torch.nonzero(kinds == number)[:, 0]
+            if len(rows):
+                filling[rows.to(filling.device)] = MAKERS[name](material.at(rows))
         return filling
 
 
 def _moved(images: torch.Tensor, chances: torch.Tensor) -> torch.Tensor:
-    """Shift images ``(B, C, H, W)`` around and mirror them, as ``(B, 4)`` chances have it."""
+    """Shift images ``(B, C, H, W)`` around and mirror them, as ``(B, 4)`` chances on the CPU have it."""
     places = []
     for shift, mirror, length in zip(chances[:, :2].unbind(1), chances[:, 2:].unbind(1), images.shape[-2:], strict=True):
-        at = (torch.arange(length) + (shift.cpu()[:, None] * length).long()) % length
-        places.append(torch.where(mirror.cpu()[:, None] < 0.5, length - 1 - at, at).to(images.device))
+        at = (torch.arange(length) + (shift[:, None] * length).long()) % length
+        places.append(torch.where(mirror[:, None] < 0.5, length - 1 - at, at).to(images.device))
     each = torch.arange(len(images), device=images.device).view(-1, 1, 1)
     return images.permute(0, 2, 3, 1)[each, places[0][:, :, None], places[1][:, None, :]].permute(0, 3, 1, 2)
 
 
-def _faded(fillings: torch.Tensor, shapes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Let the edges of shapes ``(B, 1, H, W)`` fade, and go on with the fillings ``(B, 3, H, W)`` beyond them."""
-    mean = partial(F.avg_pool2d, count_include_pad=False)
-    faded = _around(shapes, mean)
-    return torch.where(shapes > 0, fillings, _around(fillings * shapes, mean) / faded.clamp_min(1e-6)), faded
+_mean = partial(F.avg_pool2d, count_include_pad=False)
 
 
-def _around(images: torch.Tensor, pool: Callable[..., torch.Tensor]) -> torch.Tensor:
+def _around(images: torch.Tensor, pool: Callable[..., torch.Tensor] = _mean) -> torch.Tensor:
     """Return the mean or the largest value in each pixel's surroundings, by rows and then by columns, which costs less."""
     reach = int(max(images.shape[-2:])) // (2 * COARSE)
     rows = pool(images, (1, 2 * reach + 1), stride=1, padding=(0, reach))

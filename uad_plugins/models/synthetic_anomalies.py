@@ -74,9 +74,9 @@ def _discolour(material: Material) -> torch.Tensor:
 
 
 def _blur(material: Material) -> torch.Tensor:
-    size = material.parts.shape[-2:]
-    cells = [side // max(1, side // COARSE) for side in size]
-    return F.interpolate(F.adaptive_avg_pool2d(material.parts, cells), size, mode="bilinear")
+    height, width = (side // max(1, side // COARSE) for side in material.parts.shape[-2:])
+    cells = F.adaptive_avg_pool2d(material.parts, (height, width))
+    return F.interpolate(cells, material.parts.shape[-2:], mode="bilinear")
 
 
 def _misplace(material: Material) -> torch.Tensor:

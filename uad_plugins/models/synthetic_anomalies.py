@@ -141,26 +141,26 @@ class SyntheticAnomalies:
                 raise UsageError("synthetic anomalies: the pre-processor does more than scale channels", "use Normalize")
         self._bank = self._bank.to(images.device)
         chances = torch.rand(len(images), 13, generator=generator)
-        rows = torch.nonzero(chances[:, 6] < self.share)[:, 0]
-        drawn, opacities = images.clone(), torch.zeros_like(images[:, :1])
+        chosen = torch.nonzero(chances[:, 6] < self.share)[:, 0]
+        which, places, soft, _, strength, kind, how = chances[chosen].split([1, 4, 1, 1, 1, 1, 4], dim=1)
+        drawn, opacities, rows = images.clone(), torch.zeros_like(images[:, :1]), chosen.to(images.device)
         if len(rows):
-            parts = (images - black) / (white - black)
-            shapes = self._bank[(chances[:, 0] * len(self._bank)).long().to(images.device)]
-            material = Material(parts, parts.roll(1, 0), shapes, chances[:, 1:5], chances[:, 9:]).at(rows)
-            opacity = self._opacity(material, chances[rows, 5], chances[rows, 7])
-            filling = self._filling(material, chances[rows, 8])
-            places = rows.to(images.device)
-            drawn[places] = torch.lerp(images[places], normalize(filling).to(images.dtype), opacity)
-            change = opacity * (filling - material.parts).abs().mean(dim=1, keepdim=True)
-            opacities[places] = opacity * (_around(change, F.max_pool2d) >= MIN_CHANGE)
+            # The image before each is the other one; that before the first is the last.
+            parts, others = ((images[these] - black) / (white - black) for these in (rows, rows - 1))
+            shapes = self._bank[(which[:, 0] * len(self._bank)).long().to(images.device)]
+            material = Material(parts, others, shapes, places, how)
+            opacity, filling = self._opacity(material, soft[:, 0], strength), self._filling(material, kind[:, 0])
+            drawn[rows] = torch.lerp(images[rows], normalize(filling).to(images.dtype), opacity)
+            change = opacity * (filling - parts).abs().mean(dim=1, keepdim=True)
+            opacities[rows] = opacity * (_around(change, F.max_pool2d) >= MIN_CHANGE)
         return drawn, opacities
 
     def _opacity(self, material: Material, chances: torch.Tensor, strengths: torch.Tensor) -> torch.Tensor:
-        """Return how opaque anomalies are, for chances ``(B,)`` of edges that fade, and strengths ``(B,)``."""
+        """Return how opaque anomalies are, for chances ``(B,)`` of edges that fade, and strengths ``(B, 1)``."""
         shapes = _moved(material.shapes[:, 3:], material.places).to(material.parts.dtype) / 255
         soft = torch.nonzero(chances < self.soft_edges)[:, 0].to(shapes.device)
         shapes[soft] = _around(shapes[soft])
-        return shapes * (MIN_OPACITY + (1 - MIN_OPACITY) * strengths).to(shapes).view(-1, 1, 1, 1)
+        return shapes * (MIN_OPACITY + (1 - MIN_OPACITY) * strengths).to(shapes)[..., None, None]
 
     def _filling(self, material: Material, chances: torch.Tensor) -> torch.Tensor:
         """Return what each anomaly is filled with, RGB in 0..1, for chances ``(B,)`` of one filling or another."""

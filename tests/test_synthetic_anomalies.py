@@ -68,7 +68,7 @@ def test_images_are_blended_with_anomalies_by_their_opacity(make):
     assert filling.std() > 0.1
     areas = (opacity[chosen] > 0).float().mean(dim=(1, 2, 3))
     assert areas.min() > 0
-    assert areas.max() < 0.8
+    assert areas.max() < 0.6
 
 
 def test_no_two_are_alike_and_a_seed_gives_them_again(make):
@@ -102,9 +102,11 @@ def test_the_share_of_images_that_get_one(make, share, count):
 def test_images_of_any_size():
     some = SyntheticAnomalies(1.0)
     for size in ((32, 48), (70, 100), (64, 64)):
-        drawn, opacity = some.draw(torch.rand(6, 3, *size, generator=seeded()), doubled, seeded())
+        images = torch.rand(6, 3, *size, generator=seeded())
+        drawn, opacity = some.draw(images, doubled, seeded())
         assert drawn.shape[-2:] == opacity.shape[-2:] == size
-        assert (opacity.amax(dim=(1, 2, 3)) > 0).any()
+        assert (drawn != images).flatten(1).any(dim=1).all()
+        assert (opacity.amax(dim=(1, 2, 3)) > 0).all()
 
 
 def material(chances, size=SIZE, shapes=None):
@@ -383,7 +385,7 @@ def test_a_student_learns_to_keep_its_distance(bank):
         if model.anomalies is not None:
             model.anomalies._bank = bank[64:]
         torch.manual_seed(2)
-        for _ in range(30):
+        for _ in range(40):
             optimizer.zero_grad()
             model.training_step(batch_of(normalize(parts[:16])))["loss"].backward()
             optimizer.step()
@@ -395,4 +397,4 @@ def test_a_student_learns_to_keep_its_distance(bank):
         return found[covered > 0.25].mean().item()
 
     shown = {"synthetic_anomalies": 0.8, "anomaly_fillings": ["noise"], "anomaly_soft_edges": 0.0, "anomaly_weight": 30.0}
-    assert distance(**shown) > 1.3 * distance()
+    assert distance(**shown) > 1.5 * distance()

@@ -38,6 +38,11 @@ class SyntheticAnomalyOptions(BaseModel):
     anomaly_soft_edges: float = Field(
         SOFT_EDGES, ge=0, le=1, strict=True, description="Share of the anomalies whose edges fade; the others' are sharp."
     )
+    specialists: str | None = Field(
+        None,
+        min_length=1,
+        description="Folder of runs of single products, whose students teach this one; needs synthetic_anomalies.",
+    )
 
 
 class StfpmOptions(SyntheticAnomalyOptions):

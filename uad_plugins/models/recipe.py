@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,10 @@ from anomalib.post_processing import PostProcessor
 from torch import nn, optim
 
 from uad_plugins.config import OptimizerConfig
+from uad_plugins.errors import UsageError
 from uad_plugins.models.backbones import CHECKPOINT, WeightsRecord
+from uad_plugins.models.options import Filling
+from uad_plugins.models.specialists import Parts, Specialists
 from uad_plugins.models.synthetic_anomalies import SyntheticAnomalies
 
 Observe = Callable[[Callable[[Any, torch.Tensor], tuple[torch.Tensor, ...]]], Iterator[tuple[torch.Tensor, ...]]]
@@ -50,6 +54,7 @@ class DistillationRecipe:
         model: The network of teacher and student.
         held_out_loss: float32 ``(B,)``, the method's loss of each image of the last validation batch.
         anomalies: Draws synthetic anomalies into the training images; None where the method is trained as published.
+        specialists: From which the student learns in place of its teacher; None where it learns from the teacher.
     """
 
     recipe: OptimizerConfig
@@ -57,6 +62,7 @@ class DistillationRecipe:
     model: Any
     held_out_loss: torch.Tensor | None
     anomalies: SyntheticAnomalies | None = None
+    specialists: Specialists | None = None
 
     @staticmethod
     def distil(network: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,13 +95,79 @@ class DistillationRecipe:
         if self.anomalies is None:
             return super().training_step(batch, batch_idx, *args, **kwargs)  # type: ignore[misc]
         module: Any = self
-        loss = self.loss_with_anomalies(batch.image, batch_idx)
+        drawn, opacity = self.with_anomalies(batch.image, batch_idx)
+        if self.specialists is None:
+            loss = self.loss_with_anomalies(batch.image, drawn, opacity)
+        else:
+            loss = self.loss_with_specialists(drawn, self.specialists, getattr(batch, "category", None))
         module.log("train_loss", loss.detach(), on_epoch=True, prog_bar=True, batch_size=len(batch.image))
         return {"loss": loss}
 
-    def loss_with_anomalies(self, images: torch.Tensor, batch_idx: int) -> torch.Tensor:
-        """Return the scalar loss of good training images, float32 ``(B, 3, H, W)``, normalised, after drawing into them."""
+    def loss_with_anomalies(self, images: torch.Tensor, drawn: torch.Tensor, opacity: torch.Tensor) -> torch.Tensor:
+        """Return the scalar loss of images into which anomalies were drawn.
+
+        Args:
+            images: Good training images, float32 ``(B, 3, H, W)``, normalised.
+            drawn: The same with anomalies.
+            opacity: Of the anomalies; see ``SyntheticAnomalies.draw``.
+        """
         raise NotImplementedError
+
+    def loss_with_specialists(
+        self, drawn: torch.Tensor, specialists: Specialists, categories: Sequence[str] | None
+    ) -> torch.Tensor:
+        """Return the scalar loss of images with anomalies, by what specialists make of them.
+
+        Args:
+            drawn: float32 ``(B, 3, H, W)``, normalised.
+            specialists: Of the products.
+            categories: Product of each image; None: not known, which they refuse.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def parts(network: Any) -> Parts:
+        """Return the teacher and the student of ``self.model``."""
+        raise NotImplementedError
+
+    def set_anomalies(
+        self, share: float, fillings: Sequence[Filling], soft_edges: float, specialists: str | None, *, compare: bool
+    ) -> None:
+        """Take what is drawn into training images, and who teaches what to make of it.
+
+        Args:
+            share: See ``SyntheticAnomalies``; 0 draws none.
+            fillings: The same.
+            soft_edges: The same.
+            specialists: Folder of their runs, or None.
+            compare: Whether the teacher has its weights by now; see ``Specialists.load``.
+
+        Raises:
+            UsageError: There are specialists, and no anomalies.
+            UadxError: See ``Specialists.load``.
+        """
+        if share:
+            self.anomalies = SyntheticAnomalies(share, fillings, soft_edges)
+        if specialists is not None:
+            if not share:
+                raise UsageError(
+                    "model.options.specialists teach on images with synthetic anomalies, and there are to be none",
+                    "set model.options.synthetic_anomalies above 0, or take --config stfpm_unified",
+                )
+            self.specialists = Specialists.load(Path(specialists), self, self.parts, compare=compare)
+
+    def require_categories(self, categories: Iterable[str]) -> None:
+        """Check, before training, that these products can be learnt.
+
+        Raises:
+            UadxError: One has no specialist.
+        """
+        if self.specialists is not None:
+            self.specialists.require(categories)
+
+    def run_record(self) -> dict[str, Any]:
+        """Return what the run notes of the training: the SHA-256 of the checkpoints of the specialists, by product."""
+        return {"specialists": self.specialists.origins} if self.specialists is not None else {}
 
     def with_anomalies(self, images: torch.Tensor, batch_idx: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """Draw synthetic anomalies into training images, normalised as they are; see ``SyntheticAnomalies.draw``.
@@ -150,9 +222,11 @@ class DistillationRecipe:
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note in the checkpoint that it brings the teacher's weights: loading it must fetch nothing."""
+        """Note in the checkpoint that it brings the teacher's weights and needs no specialists: loading fetches nothing."""
         super().on_save_checkpoint(checkpoint)  # type: ignore[misc]
         checkpoint["hyper_parameters"]["weights"] = CHECKPOINT
+        if self.specialists is not None:
+            checkpoint["hyper_parameters"]["specialists"] = None
 
 
 def learning_rate_factor(recipe: OptimizerConfig, progress: float) -> float:

@@ -22,7 +22,7 @@ from uad_plugins.errors import UsageError
 from uad_plugins.models.backbones import CHECKPOINT, HUB, load_backbone, require_architecture
 from uad_plugins.models.options import FILLINGS, SOFT_EDGES, Filling
 from uad_plugins.models.recipe import DistillationRecipe
-from uad_plugins.models.synthetic_anomalies import SyntheticAnomalies
+from uad_plugins.models.specialists import Parts, Specialists
 
 LAYERS = ("layer1", "layer2", "layer3")
 RECIPE = OptimizerConfig(name="adam", lr=5e-3, betas=(0.5, 0.999), weight_decay=1e-5)
@@ -66,6 +66,7 @@ class ReverseDistillation(DistillationRecipe, AnomalibReverseDistillation):
             restore the features of the good part. 0 is the published recipe.
         anomaly_fillings: What they are filled with; see ``SyntheticAnomalies``.
         anomaly_soft_edges: Share of them whose edges fade, 0..1.
+        specialists: Folder of runs of single products, from whose decoders this one learns, what to make of anomalies too.
         pre_processor: See anomalib.
         post_processor: See anomalib.
         evaluator: See anomalib.
@@ -73,8 +74,9 @@ class ReverseDistillation(DistillationRecipe, AnomalibReverseDistillation):
         pre_trained: For anomalib, which fetches weights when it is true; the encoder's come from ``weights``.
 
     Raises:
-        UadxError: The weights are missing or of another architecture.
-        UsageError: The backbone has no decoder, or the layers are others than the method's.
+        UadxError: The weights are missing or of another architecture, or the specialists cannot teach this model.
+        UsageError: The backbone has no decoder, the layers are others than the method's, or there are specialists and no
+            anomalies.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class ReverseDistillation(DistillationRecipe, AnomalibReverseDistillation):
         synthetic_anomalies: float = 0.0,
         anomaly_fillings: Sequence[Filling] = FILLINGS,
         anomaly_soft_edges: float = SOFT_EDGES,
+        specialists: str | None = None,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
@@ -112,16 +115,29 @@ class ReverseDistillation(DistillationRecipe, AnomalibReverseDistillation):
         self.set_recipe(optimizer, RECIPE)
         self.model.to(memory_format=torch.channels_last)
         self.loss = AnyLayoutLoss()
-        if synthetic_anomalies:
-            self.anomalies = SyntheticAnomalies(synthetic_anomalies, anomaly_fillings, anomaly_soft_edges)
+        drawing = (synthetic_anomalies, anomaly_fillings, anomaly_soft_edges)
+        self.set_anomalies(*drawing, specialists, compare=weights != CHECKPOINT)
 
     def trained_parameters(self) -> Iterable[nn.Parameter]:
         """Return the parameters of bottleneck and decoder."""
         return chain(self.model.decoder.parameters(), self.model.bottleneck.parameters())
 
-    def loss_with_anomalies(self, images: torch.Tensor, batch_idx: int) -> torch.Tensor:
+    @staticmethod
+    def parts(network: Any) -> Parts:
+        """Return the encoder, and bottleneck and decoder as one."""
+        return network.encoder, nn.Sequential(network.bottleneck, network.decoder)
+
+    def loss_with_specialists(
+        self, drawn: torch.Tensor, specialists: Specialists, categories: Sequence[str] | None
+    ) -> torch.Tensor:
+        """Bring the decoder's features to those of the specialists; see ``DistillationRecipe``."""
+        encoded, decoded = self.model(drawn)
+        taught = specialists.teach(categories, drawn, lambda other, rows: other([feature[rows] for feature in encoded]))
+        loss: torch.Tensor = self.loss(taught, decoded)
+        return loss
+
+    def loss_with_anomalies(self, images: torch.Tensor, drawn: torch.Tensor, opacity: torch.Tensor) -> torch.Tensor:
         """Have the decoder restore the good part where anomalies are drawn; see ``DistillationRecipe``."""
-        drawn, opacity = self.with_anomalies(images, batch_idx)
         encoded, decoded = self.model(drawn)
         chosen = opacity.amax(dim=(1, 2, 3)) > 0
         if chosen.any():

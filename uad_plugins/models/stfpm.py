@@ -16,10 +16,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from uad_plugins.config import OptimizerConfig
-from uad_plugins.models.backbones import HUB, alias, backbone_weights, require_architecture
+from uad_plugins.models.backbones import CHECKPOINT, HUB, alias, backbone_weights, require_architecture
 from uad_plugins.models.options import ANOMALY_WEIGHT, FILLINGS, SOFT_EDGES, Filling
 from uad_plugins.models.recipe import DistillationRecipe
-from uad_plugins.models.synthetic_anomalies import SyntheticAnomalies
+from uad_plugins.models.specialists import Parts, Specialists
 
 LAYERS = ("layer1", "layer2", "layer3")
 RECIPE = OptimizerConfig(name="sgd", lr=0.4, momentum=0.9, weight_decay=1e-4)
@@ -92,14 +92,15 @@ class Stfpm(DistillationRecipe, AnomalibStfpm):
         anomaly_fillings: What they are filled with; see ``SyntheticAnomalies``.
         anomaly_soft_edges: Share of them whose edges fade, 0..1.
         anomaly_weight: Weight of that part of the loss.
+        specialists: Folder of runs of single products, from whose students this one learns, what to make of anomalies too.
         pre_processor: See anomalib.
         post_processor: See anomalib.
         evaluator: See anomalib.
         visualizer: See anomalib.
 
     Raises:
-        UadxError: The weights are missing or of another architecture.
-        UsageError: The backbone does not exist.
+        UadxError: The weights are missing or of another architecture, or the specialists cannot teach this model.
+        UsageError: The backbone does not exist, or there are specialists and no anomalies.
     """
 
     def __init__(
@@ -112,6 +113,7 @@ class Stfpm(DistillationRecipe, AnomalibStfpm):
         anomaly_fillings: Sequence[Filling] = FILLINGS,
         anomaly_soft_edges: float = SOFT_EDGES,
         anomaly_weight: float = ANOMALY_WEIGHT,
+        specialists: str | None = None,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
@@ -132,20 +134,34 @@ class Stfpm(DistillationRecipe, AnomalibStfpm):
         self.model.backbone = backbone
         self.model.to(memory_format=torch.channels_last)
         self.loss = MeanSTFPMLoss()
-        if synthetic_anomalies:
-            self.anomalies = SyntheticAnomalies(synthetic_anomalies, anomaly_fillings, anomaly_soft_edges)
         self.anomaly_weight = anomaly_weight
+        drawing = (synthetic_anomalies, anomaly_fillings, anomaly_soft_edges)
+        self.set_anomalies(*drawing, specialists, compare=weights != CHECKPOINT)
 
     def trained_parameters(self) -> Iterable[nn.Parameter]:
         """Return the student's parameters."""
         parameters: Iterable[nn.Parameter] = self.model.student_model.parameters()
         return parameters
 
-    def loss_with_anomalies(self, images: torch.Tensor, batch_idx: int) -> torch.Tensor:
+    @staticmethod
+    def parts(network: Any) -> Parts:
+        """Return teacher and student."""
+        return network.teacher_model, network.student_model
+
+    def loss_with_anomalies(self, images: torch.Tensor, drawn: torch.Tensor, opacity: torch.Tensor) -> torch.Tensor:
         """Keep the student apart from its teacher where anomalies are drawn; see ``DistillationRecipe``."""
-        drawn, opacity = self.with_anomalies(images, batch_idx)
+        del images
         teacher, student = self.model(drawn)
         return anomaly_loss(teacher, student, opacity, self.anomaly_weight).mean()
+
+    def loss_with_specialists(
+        self, drawn: torch.Tensor, specialists: Specialists, categories: Sequence[str] | None
+    ) -> torch.Tensor:
+        """Bring the student to the descriptors of the specialists; see ``DistillationRecipe``."""
+        student = self.model.student_model(drawn)
+        taught = specialists.teach(categories, drawn, lambda other, rows: list(other(drawn[rows]).values()))
+        apart = distances(dict(zip(student, taught, strict=True)), student)
+        return torch.stack([distance.float().mean() for distance in apart]).sum()
 
     @staticmethod
     def distil(network: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -95,6 +95,8 @@ def train(
         module.table = table
         # Built before the images are verified: missing weights are found in a second, bad images perhaps in an hour.
         model = model_plugin(config.model.name).build(_from_checkpoint(config) if resumes else config)
+        if isinstance(model, DistillationRecipe):
+            model.require_categories(trained_categories(table))
         config = fit_trainer_arguments(config, model, given or {})
         if resumes:
             check_epochs(run, epochs_of(run.last_checkpoint, model), config.trainer.get("max_epochs"))
@@ -144,6 +146,11 @@ def check_thresholds(config: TrainConfig, table: SampleTable) -> None:
         )
 
 
+def trained_categories(table: SampleTable) -> list[str]:
+    """Return the categories that have training images."""
+    return [category for category in table.categories if len(table.where(split="train", category=category))]
+
+
 def pixel_cache(path: Path, config: TrainConfig, table: SampleTable) -> PixelCache | None:
     """Return the cache for decoded images; None when several processes train, or when it would be too large."""
     devices, accelerator = config.trainer.get("devices", "auto"), config.trainer.get("accelerator", "auto")
@@ -183,7 +190,7 @@ def _manifest(
         category: {split: len(table.where(split=split, category=category)) for split in ("train", "val", "test")}
         for category in table.categories
     }
-    trained = [category for category in table.categories if counts[category]["train"]]
+    trained = trained_categories(table)
     if not trained:
         raise UadxError(f"{data}: no normal training images", "a model learns from images of good parts")
     record = getattr(model, "weights_record", None)

@@ -1,0 +1,144 @@
+"""Students of single products, from which the student of all of them learns instead of from the teacher.
+
+One that knows a single product fails where it should; one that learns several from their teacher learns more of it. Taught
+by the first, on images with synthetic anomalies, the second learns where to fail, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from uad_plugins.artifacts import MANIFEST, Run, checked, sha256_of
+from uad_plugins.config import model_plugin
+from uad_plugins.errors import UadxError
+
+HOW = "train one on each product, with the same model, weights and image size, into one folder; see docs/training.md"
+
+Parts = tuple[nn.Module, nn.Module]
+"""Teacher and student of a network."""
+
+
+class Specialists:
+    """The student of each product.
+
+    Args:
+        students: By product. They are frozen.
+        origins: SHA-256 of the checkpoint of each.
+    """
+
+    def __init__(self, students: Mapping[str, nn.Module], origins: Mapping[str, str] | None = None) -> None:
+        self.students = {
+            name: student.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+            for name, student in students.items()
+        }
+        self.origins = dict(origins or {})
+
+    @classmethod
+    def load(cls, folder: Path, model: Any, parts: Callable[[Any], Parts], *, compare: bool) -> Specialists:
+        """Load the students of the finished runs that lie in a folder.
+
+        Args:
+            folder: With a run in each folder below it.
+            model: The anomalib module that is to be taught.
+            parts: Returns teacher and student of ``model.model``.
+            compare: Whether the teacher of ``model`` has its weights by now, so that it can be compared with theirs.
+
+        Raises:
+            UadxError: There are none, one cannot be used for this model, or two have learnt the same product.
+        """
+        folder = folder.expanduser()
+        if not folder.is_dir():
+            raise UadxError(f"model.options.specialists: {folder}: no such folder", HOW)
+        students: dict[str, nn.Module] = {}
+        origins: dict[str, str] = {}
+        places: dict[str, Path] = {}
+        for place in sorted(path.parent for path in folder.glob(f"*/{MANIFEST}")):
+            run = Run.open(place)
+            network = _network(run, model, parts, compare=compare)
+            for category in run.manifest().categories:
+                if category in places:
+                    raise UadxError(
+                        f"model.options.specialists: {place} and {places[category]} have both learnt '{category}'",
+                        "move one of them out of the folder",
+                    )
+                students[category], places[category] = parts(network)[1], place
+                origins[category] = run.manifest().checkpoint_sha256 or sha256_of(run.checkpoint)
+        if not students:
+            raise UadxError(f"model.options.specialists: {folder}: there is no run in it", HOW)
+        return cls(students, origins)
+
+    def require(self, categories: Iterable[str]) -> None:
+        """Check that each product has one.
+
+        Raises:
+            UadxError: One has none; the message has its name.
+        """
+        missing = sorted(set(categories) - self.students.keys())
+        if missing:
+            raise UadxError(f"model.options.specialists: there is none for {', '.join(map(repr, missing))}", HOW)
+
+    def teach(
+        self,
+        categories: Sequence[str] | None,
+        like: torch.Tensor,
+        ask: Callable[[nn.Module, torch.Tensor], Sequence[torch.Tensor]],
+    ) -> list[torch.Tensor]:
+        """Have each image seen by the student of its product.
+
+        Args:
+            categories: Products of the images, ``B`` of them.
+            like: Of the device and the dtype that the students have to be of.
+            ask: Gets a student and int64 ``(N,)``, the places in the batch of the images to show to it; returns features
+                ``(N, C, h, w)`` by layer.
+
+        Returns:
+            Features ``(B, C, h, w)`` by layer, without gradient.
+
+        Raises:
+            UadxError: Categories are not known, or one has no student.
+        """
+        if not categories:
+            raise UadxError("specialists: the batch does not say which products it shows", "use UnifiedDataModule")
+        self.require(categories)
+        every: list[torch.Tensor] = []
+        with torch.no_grad():
+            for name in sorted(set(categories)):
+                student = self.students[name].to(like)
+                rows = torch.tensor([row for row, each in enumerate(categories) if each == name], device=like.device)
+                seen = ask(student, rows)
+                every = every or [feature.new_empty(len(categories), *feature.shape[1:]) for feature in seen]
+                for whole, feature in zip(every, seen, strict=True):
+                    whole[rows] = feature
+        return every
+
+
+def _network(run: Run, model: Any, parts: Callable[[Any], Parts], *, compare: bool) -> Any:
+    """Load the network of a run, and refuse one whose student cannot teach that of a model."""
+    manifest, config = run.manifest(), run.config()
+    other = checked(run.checkpoint, lambda path: model_plugin(config.model.name).load(path, config))
+    wrong = None
+    if type(other) is not type(model):
+        wrong = f"was trained with {config.model.name}"
+    elif _layers(other) != _layers(model):
+        wrong = f"has {_layers(other)}"
+    elif model.input_size is not None and tuple(model.input_size) != manifest.image_size:
+        wrong = f"was trained at {'x'.join(map(str, manifest.image_size))} pixels"
+    elif compare and not _same(parts(other.model)[0], parts(model.model)[0]):
+        wrong = "has a teacher with other weights"
+    if wrong:
+        raise UadxError(f"model.options.specialists: {run.folder} {wrong}, unlike the model that is to be trained", HOW)
+    return other.model
+
+
+def _layers(model: Any) -> str:
+    return f"{', '.join(model.hparams['layers'])} of {model.hparams['backbone']}"
+
+
+def _same(one: nn.Module, other: nn.Module) -> bool:
+    mine, theirs = one.state_dict(), other.state_dict()
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)

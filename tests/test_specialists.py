@@ -277,6 +277,24 @@ def test_batches_that_do_not_say_their_products(washer, monkeypatch):
         model.training_step(batch)
 
 
+def test_autocast_of_convolutions_changes_nothing():
+    """They are converted once, where autocast would do it at each call."""
+    specialists, networks = two(Stfpm)
+    images = batch_of("nut", "bolt").image
+
+    def ask(student, rows):
+        return list(student(images[rows]).values())
+
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = [ask(networks[name].student_model, torch.tensor([row])) for row, name in enumerate(("nut", "bolt"))]
+        taught = specialists.teach(["nut", "bolt"], images, ask)
+    assert taught[0].dtype == torch.bfloat16
+    for layer, feature in enumerate(taught):
+        assert torch.equal(feature, torch.cat([expected[0][layer], expected[1][layer]]))
+    again = specialists.teach(["bolt", "nut"], images, ask)
+    assert again[0].dtype == torch.float32
+
+
 def test_another_precision_is_theirs_too(washer):
     model = build(Stfpm, synthetic_anomalies=1.0, specialists=str(washer)).to(torch.bfloat16).train()
     images = batch_of("washer", "washer").image.to(torch.bfloat16)

@@ -37,6 +37,7 @@ class Specialists:
             for name, student in students.items()
         }
         self.origins = dict(origins or {})
+        self._place: tuple[torch.device, torch.dtype, torch.dtype] | None = None
 
     @classmethod
     def load(cls, folder: Path, model: Any, parts: Callable[[Any], Parts], *, compare: bool) -> Specialists:
@@ -105,16 +106,29 @@ class Specialists:
         if not categories:
             raise UadxError("specialists: the batch does not say which products it shows", "use UnifiedDataModule")
         self.require(categories)
+        self._move(like)
         every: list[torch.Tensor] = []
         with torch.no_grad():
             for name in sorted(set(categories)):
-                student = self.students[name].to(like)
                 rows = torch.tensor([row for row, each in enumerate(categories) if each == name], device=like.device)
-                seen = ask(student, rows)
+                seen = ask(self.students[name], rows)
                 every = every or [feature.new_empty(len(categories), *feature.shape[1:]) for feature in seen]
                 for whole, feature in zip(every, seen, strict=True):
                     whole[rows] = feature
         return every
+
+    def _move(self, like: torch.Tensor) -> None:
+        """Bring them to a device and a dtype: convolutions to that of autocast, which would convert them at each call."""
+        kind = like.device.type
+        lower = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype
+        if self._place == (like.device, like.dtype, lower):
+            return
+        for student in self.students.values():
+            student.to(like)
+            for module in student.modules():
+                if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+                    module.to(lower)
+        self._place = (like.device, like.dtype, lower)
 
 
 def _network(run: Run, model: Any, parts: Callable[[Any], Parts], *, compare: bool) -> Any:

@@ -76,13 +76,19 @@ def batch_of(*categories):
     )
 
 
-def test_stfpm_learns_the_descriptors_of_each_images_specialist(monkeypatch):
-    model = randomised(build(Stfpm, synthetic_anomalies=1.0)).train()
+def step_of(cls, monkeypatch):
+    """A model and its specialists' networks, a batch, the loss of a training step, and what was drawn into the images."""
+    model = randomised(build(cls, synthetic_anomalies=1.0)).train()
     monkeypatch.setattr(model, "log", lambda *_, **__: None)
-    model.specialists, networks = two(Stfpm)
+    model.specialists, networks = two(cls)
     batch = batch_of("nut", "bolt", "bolt", "nut")
     loss = model.training_step(batch)["loss"]
     drawn, _ = model.with_anomalies(batch.image)
+    return model, networks, batch, loss, drawn
+
+
+def test_stfpm_learns_the_descriptors_of_each_images_specialist(monkeypatch):
+    model, networks, batch, loss, drawn = step_of(Stfpm, monkeypatch)
     student = model.model.student_model(drawn)
     expected = 0
     for row, name in enumerate(batch.category):
@@ -98,12 +104,7 @@ def test_stfpm_learns_the_descriptors_of_each_images_specialist(monkeypatch):
 
 
 def test_reverse_distillation_restores_what_each_images_specialist_restores(monkeypatch):
-    model = randomised(build(ReverseDistillation, synthetic_anomalies=1.0)).train()
-    monkeypatch.setattr(model, "log", lambda *_, **__: None)
-    model.specialists, networks = two(ReverseDistillation)
-    batch = batch_of("nut", "bolt", "bolt", "nut")
-    loss = model.training_step(batch)["loss"]
-    drawn, _ = model.with_anomalies(batch.image)
+    model, networks, batch, loss, drawn = step_of(ReverseDistillation, monkeypatch)
     encoded, decoded = model.model(drawn)
     taught = [torch.empty_like(feature) for feature in encoded]
     for row, name in enumerate(batch.category):

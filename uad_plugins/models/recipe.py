@@ -130,17 +130,14 @@ class DistillationRecipe:
         """Return the teacher and the student of ``self.model``."""
         raise NotImplementedError
 
-    def set_anomalies(
-        self, share: float, fillings: Sequence[Filling], soft_edges: float, specialists: str | None, *, compare: bool
-    ) -> None:
-        """Take what is drawn into training images, and who teaches what to make of it.
+    def set_anomalies(self, share: float, fillings: Sequence[Filling], soft_edges: float, specialists: str | None) -> None:
+        """Take what is drawn into training images, and who teaches what to make of it. Comes after the teacher's weights.
 
         Args:
             share: See ``SyntheticAnomalies``; 0 draws none.
             fillings: The same.
             soft_edges: The same.
             specialists: Folder of their runs, or None.
-            compare: Whether the teacher has its weights by now; see ``Specialists.load``.
 
         Raises:
             UsageError: There are specialists, and no anomalies.
@@ -154,6 +151,8 @@ class DistillationRecipe:
                     "model.options.specialists teach on images with synthetic anomalies, and there are to be none",
                     "set model.options.synthetic_anomalies above 0, or take --config stfpm_unified",
                 )
+            # Without a record the weights come later, with a checkpoint.
+            compare = self.weights_record is not None
             self.specialists = Specialists.load(Path(specialists), self, self.parts, compare=compare)
 
     def require_categories(self, categories: Iterable[str]) -> None:

@@ -115,8 +115,7 @@ class ReverseDistillation(DistillationRecipe, AnomalibReverseDistillation):
         self.set_recipe(optimizer, RECIPE)
         self.model.to(memory_format=torch.channels_last)
         self.loss = AnyLayoutLoss()
-        drawing = (synthetic_anomalies, anomaly_fillings, anomaly_soft_edges)
-        self.set_anomalies(*drawing, specialists, compare=weights != CHECKPOINT)
+        self.set_anomalies(synthetic_anomalies, anomaly_fillings, anomaly_soft_edges, specialists)
 
     def trained_parameters(self) -> Iterable[nn.Parameter]:
         """Return the parameters of bottleneck and decoder."""

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from uad_plugins.artifacts import MANIFEST, Run, checked, sha256_of
-from uad_plugins.config import model_plugin
+from uad_plugins.artifacts import MANIFEST, Run, sha256_of
 from uad_plugins.errors import UadxError
+from uad_plugins.models.torch_detector import TorchDetector
 
 HOW = "train one on each product, with the same model, weights and image size, into one folder; see docs/training.md"
 
@@ -60,15 +60,15 @@ class Specialists:
         places: dict[str, Path] = {}
         for place in sorted(path.parent for path in folder.glob(f"*/{MANIFEST}")):
             run = Run.open(place)
-            network = _network(run, model, parts, compare=compare)
-            for category in run.manifest().categories:
+            manifest, network = run.manifest(), _network(run, model, parts, compare=compare)
+            for category in manifest.categories:
                 if category in places:
                     raise UadxError(
                         f"model.options.specialists: {place} and {places[category]} have both learnt '{category}'",
                         "move one of them out of the folder",
                     )
                 students[category], places[category] = parts(network)[1], place
-                origins[category] = run.manifest().checkpoint_sha256 or sha256_of(run.checkpoint)
+                origins[category] = manifest.checkpoint_sha256 or sha256_of(run.checkpoint)
         if not students:
             raise UadxError(f"model.options.specialists: {folder}: there is no run in it", HOW)
         return cls(students, origins)
@@ -133,15 +133,14 @@ class Specialists:
 
 def _network(run: Run, model: Any, parts: Callable[[Any], Parts], *, compare: bool) -> Any:
     """Load the network of a run, and refuse one whose student cannot teach that of a model."""
-    manifest, config = run.manifest(), run.config()
-    other = checked(run.checkpoint, lambda path: model_plugin(config.model.name).load(path, config))
-    wrong = None
+    detector = TorchDetector.load(run, device="cpu")
+    other, wrong = detector.model, None
     if type(other) is not type(model):
-        wrong = f"was trained with {config.model.name}"
+        wrong = f"was trained with {run.manifest().model}"
     elif _layers(other) != _layers(model):
         wrong = f"has {_layers(other)}"
-    elif model.input_size is not None and tuple(model.input_size) != manifest.image_size:
-        wrong = f"was trained at {'x'.join(map(str, manifest.image_size))} pixels"
+    elif model.input_size is not None and tuple(model.input_size) != detector.image_size:
+        wrong = f"was trained at {'x'.join(map(str, detector.image_size))} pixels"
     elif compare and not _same(parts(other.model)[0], parts(model.model)[0]):
         wrong = "has a teacher with other weights"
     if wrong:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from uad_plugins.config import OptimizerConfig
-from uad_plugins.models.backbones import CHECKPOINT, HUB, alias, backbone_weights, require_architecture
+from uad_plugins.models.backbones import HUB, alias, backbone_weights, require_architecture
 from uad_plugins.models.options import ANOMALY_WEIGHT, FILLINGS, SOFT_EDGES, Filling
 from uad_plugins.models.recipe import DistillationRecipe
 from uad_plugins.models.specialists import Parts, Specialists
@@ -135,8 +135,7 @@ class Stfpm(DistillationRecipe, AnomalibStfpm):
         self.model.to(memory_format=torch.channels_last)
         self.loss = MeanSTFPMLoss()
         self.anomaly_weight = anomaly_weight
-        drawing = (synthetic_anomalies, anomaly_fillings, anomaly_soft_edges)
-        self.set_anomalies(*drawing, specialists, compare=weights != CHECKPOINT)
+        self.set_anomalies(synthetic_anomalies, anomaly_fillings, anomaly_soft_edges, specialists)
 
     def trained_parameters(self) -> Iterable[nn.Parameter]:
         """Return the student's parameters."""

@@ -16,6 +16,7 @@ from torchvision.transforms.v2 import RandomHorizontalFlip
 from uad_plugins.data.batches import NumpyUnifiedBatch, NumpyUnifiedItem, UnifiedBatch, UnifiedItem
 from uad_plugins.data.datamodule import UnifiedDataModule
 from uad_plugins.data.pixel_cache import PixelCache
+from uad_plugins.data.samples import held_out_of
 from uad_plugins.errors import UadxError, UsageError
 from uad_plugins.imaging import read_mask, read_rgb, resize_mask, resize_rgb
 
@@ -217,6 +218,14 @@ def test_no_normal_training_images_is_refused(tmp_path, mvtec):
         module_of(tmp_path)
     assert error.value.message == f"{tmp_path}: no normal training images"
     assert len(module_of(tmp_path, "test").test_data) == 4
+
+
+def test_what_is_held_out_can_stay_when_the_order_changes(products):
+    one, other, apart = (module_of(products, seed=n, split_seed=s) for n, s in ((0, 0), (1, 0), (0, 1)))
+    assert held_out_of(one.table) == held_out_of(other.table) != held_out_of(apart.table)
+    first, second = ([p for batch in module.train_dataloader() for p in batch.image_path] for module in (one, other))
+    assert sorted(first) == sorted(second)
+    assert first != second
 
 
 @pytest.mark.parametrize("fraction", [0, 1, -0.1, 1.5])

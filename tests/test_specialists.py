@@ -65,7 +65,7 @@ def two(cls):
         for module in cls.parts(networks[name])[1].modules():
             if isinstance(module, nn.BatchNorm2d):
                 nn.init.uniform_(module.weight, low, low + 0.5)
-    return Specialists({name: cls.parts(network)[1] for name, network in networks.items()}), networks
+    return Specialists({name: [cls.parts(network)[1]] for name, network in networks.items()}), networks
 
 
 def batch_of(*categories):
@@ -96,7 +96,7 @@ def test_stfpm_learns_the_descriptors_of_each_images_specialist(monkeypatch):
         mine = {layer: feature[row : row + 1] for layer, feature in student.items()}
         expected = expected + sum(distance.mean() for distance in distances(theirs, mine)) / 4
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
-    model.specialists = Specialists(dict.fromkeys(networks, networks["nut"].student_model))
+    model.specialists = Specialists({name: [networks["nut"].student_model] for name in networks})
     assert model.training_step(batch)["loss"].item() != pytest.approx(loss.item(), rel=1e-3)
     loss.backward()
     assert all(parameter.grad is not None for parameter in model.trained_parameters() if parameter.requires_grad)
@@ -120,13 +120,41 @@ def test_reverse_distillation_restores_what_each_images_specialist_restores(monk
 
 
 @pytest.mark.parametrize("cls", CLASSES.values())
+def test_several_of_one_product_teach_their_mean(cls, monkeypatch):
+    model, networks, batch, _, drawn = step_of(cls, monkeypatch)
+    several = {name: cls.parts(network)[1] for name, network in networks.items()}
+    model.specialists = Specialists({"nut": [*several.values()], "bolt": [several["bolt"]]})
+    loss = model.training_step(batch)["loss"].item()
+    # Whole images in Reverse Distillation, places in STFPM: what the loss takes for one direction.
+    dim = 1 if cls is Stfpm else (1, 2, 3)
+    shown = drawn if cls is Stfpm else model.model(drawn)[0]
+
+    def unit(name, row):
+        part = shown[row : row + 1] if cls is Stfpm else [feature[row : row + 1] for feature in shown]
+        seen = several[name](part)
+        return [nn.functional.normalize(feature, dim=dim) for feature in (seen.values() if cls is Stfpm else seen)]
+
+    taught = []
+    for row, name in enumerate(batch.category):
+        teachers = [unit(other, row) for other in (["nut", "bolt"] if name == "nut" else ["bolt"])]
+        taught.append([sum(layer) / len(teachers) for layer in zip(*teachers, strict=True)])
+    taught = [torch.cat(layer) for layer in zip(*taught, strict=True)]
+    if cls is Stfpm:
+        student = model.model.student_model(drawn)
+        expected = sum(each.mean() for each in distances(dict(zip(student, taught, strict=True)), student))
+    else:
+        expected = model.loss(taught, model.model(drawn)[1])
+    assert loss == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("cls", CLASSES.values())
 def test_a_student_that_does_as_its_specialist_has_nothing_to_learn(cls, monkeypatch):
     model = randomised(build(cls, synthetic_anomalies=0.5)).eval()
     monkeypatch.setattr(model, "log", lambda *_, **__: None)
     model.model.train()
     for part in model.model.modules():
         part.training = isinstance(part, type(model.model))
-    model.specialists = Specialists({"nut": cls.parts(model.model)[1]})
+    model.specialists = Specialists({"nut": [cls.parts(model.model)[1]]})
     assert model.training_step(batch_of("nut", "nut"))["loss"].item() == pytest.approx(0, abs=1e-5)
 
 
@@ -138,7 +166,7 @@ def test_they_are_trained_from_a_folder_of_runs_and_not_needed_later(method, spe
     shutil.rmtree(folder)
     assert metrics["best_val_loss"] > 0
     record = Run(tmp_path / "run").manifest().method["specialists"]
-    assert record == {name: Run(specialists / name).manifest().checkpoint_sha256 for name in NAMES}
+    assert record == {name: [Run(specialists / name).manifest().checkpoint_sha256] for name in NAMES}
     loaded = CLASSES[method].load_from_checkpoint(tmp_path / "run" / "model.ckpt", map_location="cpu")
     assert loaded.specialists is None
     assert loaded.hparams["specialists"] is None
@@ -153,6 +181,17 @@ def test_they_are_trained_from_a_folder_of_runs_and_not_needed_later(method, spe
     backbone = {"backbone": alias("resnet18")} if method == "stfpm" else {}
     with backbone_weights("bundled"):
         theirs.load_from_checkpoint(tmp_path / "run" / "model.ckpt", map_location="cpu", **backbone)
+
+
+def test_several_of_one_product_with_the_same_images_held_out(washer, products, tmp_path):
+    folder, held_out = shutil.copytree(washer, tmp_path / "folder"), Run(washer / "washer").held_out()
+    over = {**of_method("stfpm"), "data": {"categories": ["washer"], "split_seed": 0}, "seed": 1}
+    small_run(products, folder / "again", over)
+    runs = [Run(folder / name) for name in ("again", "washer")]
+    assert all(run.held_out() == held_out and run.source()["seed"] == 0 for run in runs)
+    small_run(products, tmp_path / "run", taught_by(folder, data={"categories": ["washer"]}))
+    record = Run(tmp_path / "run").manifest().method["specialists"]
+    assert record == {"washer": [run.manifest().checkpoint_sha256 for run in runs]}
 
 
 def test_a_killed_training_goes_on_with_them(washer, products, tmp_path, monkeypatch):
@@ -218,10 +257,10 @@ def test_products_without_one_are_named_before_anything_is_written(washer, produ
     small_run(products, tmp_path / "run", taught_by(washer, data={"categories": ["washer"]}))
 
 
-def test_two_of_one_product(washer, products, tmp_path):
+def test_one_that_is_there_twice(washer, products, tmp_path):
     folder = shutil.copytree(washer, tmp_path / "folder")
     shutil.copytree(folder / "washer", folder / "again")
-    refused(products, tmp_path, folder, "folder/washer and .*folder/again have both learnt 'washer'")
+    refused(products, tmp_path, folder, "folder/washer and .*folder/again are the same")
 
 
 def test_one_whose_training_is_not_finished(washer, products, tmp_path):
@@ -230,10 +269,16 @@ def test_one_whose_training_is_not_finished(washer, products, tmp_path):
     refused(products, tmp_path, tmp_path / "folder", "folder/washer: its training is not finished")
 
 
-def test_one_that_is_damaged(washer, products, tmp_path):
+@pytest.mark.parametrize("change", ["truncated", "exchanged"])
+def test_one_whose_checkpoint_is_not_what_was_trained(washer, products, tmp_path, change):
     run = Run(shutil.copytree(washer, tmp_path / "folder") / "washer")
-    run.checkpoint.write_bytes(run.checkpoint.read_bytes()[:1000])
-    refused(products, tmp_path, tmp_path / "folder", "model.ckpt: cannot be read")
+    if change == "truncated":
+        run.checkpoint.write_bytes(run.checkpoint.read_bytes()[:1000])
+    else:
+        content = torch.load(run.checkpoint, weights_only=False)
+        content["epoch"] += 1
+        torch.save(content, run.checkpoint)
+    refused(products, tmp_path, tmp_path / "folder", "model.ckpt: is not the checkpoint that was trained")
 
 
 @pytest.mark.parametrize(

@@ -226,7 +226,7 @@ class Run:
             "layout": config.data.layout,
             "categories": config.data.categories,
             "val_fraction": config.data.val_fraction,
-            "seed": config.seed,
+            "seed": config.split_seed,
             "held_out": None if held_out is None else sorted(held_out),
             "target_fpr": config.thresholds.target_fpr,
         }

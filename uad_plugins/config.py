@@ -47,6 +47,9 @@ class DataConfig(Section):
     sampling: Literal["natural", "balanced"] = Field("natural", description="How categories share an epoch.")
     samples_per_epoch: PositiveInt | None = Field(None, description="Images that make one epoch; null: all.")
     val_fraction: float = Field(0.1, gt=0, lt=1, description="Share of normal training images held out, per category.")
+    split_seed: Annotated[int, Field(ge=0, le=2**32 - 1)] | None = Field(
+        None, description="Seed of which images are held out; null: that of the training."
+    )
     skip_bad: bool = Field(False, description="Leave unreadable images out instead of stopping.")
     cache: bool = Field(True, description="Keep decoded images on disk while training, where they fit.")
 
@@ -96,6 +99,11 @@ class TrainConfig(Section):
     )
     plugins: list[str] = Field(default_factory=list, description="Plugin modules to load besides the installed ones.")
     seed: int = Field(0, ge=0, le=2**32 - 1, description="Seed of split, order and initial weights.")
+
+    @property
+    def split_seed(self) -> int:
+        """Seed of which images are held out."""
+        return self.seed if self.data.split_seed is None else self.data.split_seed
 
 
 def recipe_path(name: str) -> Path:

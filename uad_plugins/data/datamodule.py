@@ -182,7 +182,8 @@ class UnifiedDataModule(AnomalibDataModule):
         skip_bad: Leave unreadable images out (see ``skipped``) instead of stopping.
         verify: Decode every training and validation image once before training starts.
         train_augmentations: Transform of the training images.
-        seed: Of the split and of the order.
+        seed: Of the order.
+        split_seed: Of which images are held out; None: ``seed``.
 
     Attributes:
         table: All samples, after ``setup``.
@@ -205,6 +206,7 @@ class UnifiedDataModule(AnomalibDataModule):
         verify: bool = True,
         train_augmentations: Transform | None = None,
         seed: int = 0,
+        split_seed: int | None = None,
     ) -> None:
         super().__init__(
             train_batch_size=train_batch_size,
@@ -226,7 +228,8 @@ class UnifiedDataModule(AnomalibDataModule):
         self.val_fraction = val_fraction
         self.skip_bad = skip_bad
         self.verify = verify
-        self.split_seed = seed
+        self.order_seed = seed
+        self.split_seed = seed if split_seed is None else split_seed
         self.skipped: dict[str, str] = {}
         self.table: SampleTable
         self._found: SampleTable | None = None
@@ -330,7 +333,7 @@ class UnifiedDataModule(AnomalibDataModule):
         """Training batches in the configured order."""
         data: UnifiedDataset = self.train_data
         sampler = CategorySampler(
-            self.table.category_index[data.indices], self.sampling, self.samples_per_epoch, self.split_seed
+            self.table.category_index[data.indices], self.sampling, self.samples_per_epoch, self.order_seed
         )
         return self._loader(data, batch_size=self.train_batch_size, sampler=sampler)
 

@@ -66,7 +66,8 @@ class ReverseDistillation(DistillationRecipe, AnomalibReverseDistillation):
             restore the features of the good part. 0 is the published recipe.
         anomaly_fillings: What they are filled with; see ``SyntheticAnomalies``.
         anomaly_soft_edges: Share of them whose edges fade, 0..1.
-        specialists: Folder of runs of single products, from whose decoders this one learns, what to make of anomalies too.
+        specialists: Folder of runs of single products, one or several of each, from whose decoders this one learns, what to
+            make of anomalies too.
         pre_processor: See anomalib.
         post_processor: See anomalib.
         evaluator: See anomalib.
@@ -131,7 +132,11 @@ class ReverseDistillation(DistillationRecipe, AnomalibReverseDistillation):
     ) -> torch.Tensor:
         """Bring the decoder's features to those of the specialists; see ``DistillationRecipe``."""
         encoded, decoded = self.model(drawn)
-        taught = specialists.teach(categories, drawn, lambda other, rows: other([feature[rows] for feature in encoded]))
+        taught = specialists.teach(
+            categories,
+            drawn,
+            lambda other, rows: [F.normalize(each, dim=(1, 2, 3)) for each in other([part[rows] for part in encoded])],  # type: ignore[arg-type]
+        )
         loss: torch.Tensor = self.loss(taught, decoded)
         return loss
 

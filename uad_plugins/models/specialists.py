@@ -1,12 +1,14 @@
 """Students of single products, from which the student of all of them learns instead of from the teacher.
 
 One that knows a single product fails where it should; one that learns several from their teacher learns more of it. Taught
-by the first, on images with synthetic anomalies, the second learns where to fail, too.
+by the first, on images with synthetic anomalies, the second learns where to fail, too. Several of one product, trained from
+different seeds, know it better together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +26,21 @@ Parts = tuple[nn.Module, nn.Module]
 
 
 class Specialists:
-    """The student of each product.
+    """The students of each product.
 
     Args:
-        students: By product. They are frozen.
+        students: By product, one or several. They are frozen.
         origins: SHA-256 of the checkpoint of each.
     """
 
-    def __init__(self, students: Mapping[str, nn.Module], origins: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, students: Mapping[str, Sequence[nn.Module]], origins: Mapping[str, Sequence[str]] | None = None
+    ) -> None:
         self.students = {
-            name: student.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-            for name, student in students.items()
+            name: [student.eval().requires_grad_(False).to(memory_format=torch.channels_last) for student in several]
+            for name, several in students.items()
         }
-        self.origins = dict(origins or {})
+        self.origins = {name: list(several) for name, several in (origins or {}).items()}
         self._place: tuple[torch.device, torch.dtype, torch.dtype] | None = None
 
     @classmethod
@@ -50,25 +54,26 @@ class Specialists:
             compare: Whether the teacher of ``model`` has its weights by now, so that it can be compared with theirs.
 
         Raises:
-            UadxError: There are none, one cannot be used for this model, or two have learnt the same product.
+            UadxError: There are none, one cannot be used for this model, or two are the same.
         """
         folder = folder.expanduser()
         if not folder.is_dir():
             raise UadxError(f"model.options.specialists: {folder}: no such folder", HOW)
-        students: dict[str, nn.Module] = {}
-        origins: dict[str, str] = {}
+        students: dict[str, list[nn.Module]] = {}
+        origins: dict[str, list[str]] = {}
         places: dict[str, Path] = {}
         for place in sorted(path.parent for path in folder.glob(f"*/{MANIFEST}")):
-            run = Run.open(place)
-            manifest, network = run.manifest(), _network(run, model, parts, compare=compare)
+            network, manifest = _network(place, model, parts, compare=compare), Run(place).manifest()
+            origin = manifest.checkpoint_sha256 or sha256_of(Run(place).checkpoint)
+            if origin in places:
+                raise UadxError(
+                    f"model.options.specialists: {place} and {places[origin]} are the same",
+                    "move one of them out of the folder",
+                )
+            places[origin] = place
             for category in manifest.categories:
-                if category in places:
-                    raise UadxError(
-                        f"model.options.specialists: {place} and {places[category]} have both learnt '{category}'",
-                        "move one of them out of the folder",
-                    )
-                students[category], places[category] = parts(network)[1], place
-                origins[category] = manifest.checkpoint_sha256 or sha256_of(run.checkpoint)
+                students.setdefault(category, []).append(parts(network)[1])
+                origins.setdefault(category, []).append(origin)
         if not students:
             raise UadxError(f"model.options.specialists: {folder}: there is no run in it", HOW)
         return cls(students, origins)
@@ -89,16 +94,16 @@ class Specialists:
         like: torch.Tensor,
         ask: Callable[[nn.Module, torch.Tensor], Sequence[torch.Tensor]],
     ) -> list[torch.Tensor]:
-        """Have each image seen by the student of its product.
+        """Have each image seen by the students of its product.
 
         Args:
             categories: Products of the images, ``B`` of them.
             like: Of the device and the dtype that the students have to be of.
             ask: Gets a student and int64 ``(N,)``, the places in the batch of the images to show to it; returns features
-                ``(N, C, h, w)`` by layer.
+                ``(N, C, h, w)`` by layer, scaled so that those of several students can be averaged.
 
         Returns:
-            Features ``(B, C, h, w)`` by layer, without gradient.
+            Features ``(B, C, h, w)`` by layer, the mean over the students of the product, without gradient.
 
         Raises:
             UadxError: Categories are not known, or one has no student.
@@ -111,7 +116,8 @@ class Specialists:
         with torch.no_grad():
             for name in sorted(set(categories)):
                 rows = torch.tensor([row for row, each in enumerate(categories) if each == name], device=like.device)
-                seen = ask(self.students[name], rows)
+                answers = [ask(student, rows) for student in self.students[name]]
+                seen = [torch.stack(layer).mean(dim=0) if layer[1:] else layer[0] for layer in zip(*answers, strict=True)]
                 every = every or [feature.new_empty(len(categories), *feature.shape[1:]) for feature in seen]
                 for whole, feature in zip(every, seen, strict=True):
                     whole[rows] = feature
@@ -123,7 +129,7 @@ class Specialists:
         lower = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype
         if self._place == (like.device, like.dtype, lower):
             return
-        for student in self.students.values():
+        for student in chain.from_iterable(self.students.values()):
             student.to(like)
             for module in student.modules():
                 if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
@@ -131,12 +137,12 @@ class Specialists:
         self._place = (like.device, like.dtype, lower)
 
 
-def _network(run: Run, model: Any, parts: Callable[[Any], Parts], *, compare: bool) -> Any:
+def _network(place: Path, model: Any, parts: Callable[[Any], Parts], *, compare: bool) -> Any:
     """Load the network of a run, and refuse one whose student cannot teach that of a model."""
-    detector = TorchDetector.load(run, device="cpu")
+    detector = TorchDetector.open(place, device="cpu")
     other, wrong = detector.model, None
     if type(other) is not type(model):
-        wrong = f"was trained with {run.manifest().model}"
+        wrong = f"was trained with {Run(place).manifest().model}"
     elif _layers(other) != _layers(model):
         wrong = f"has {_layers(other)}"
     elif model.input_size is not None and tuple(model.input_size) != detector.image_size:
@@ -144,7 +150,7 @@ def _network(run: Run, model: Any, parts: Callable[[Any], Parts], *, compare: bo
     elif compare and not _same(parts(other.model)[0], parts(model.model)[0]):
         wrong = "has a teacher with other weights"
     if wrong:
-        raise UadxError(f"model.options.specialists: {run.folder} {wrong}, unlike the model that is to be trained", HOW)
+        raise UadxError(f"model.options.specialists: {place} {wrong}, unlike the model that is to be trained", HOW)
     return other.model
 
 

@@ -92,7 +92,8 @@ class Stfpm(DistillationRecipe, AnomalibStfpm):
         anomaly_fillings: What they are filled with; see ``SyntheticAnomalies``.
         anomaly_soft_edges: Share of them whose edges fade, 0..1.
         anomaly_weight: Weight of that part of the loss.
-        specialists: Folder of runs of single products, from whose students this one learns, what to make of anomalies too.
+        specialists: Folder of runs of single products, one or several of each, from whose students this one learns, what to
+            make of anomalies too.
         pre_processor: See anomalib.
         post_processor: See anomalib.
         evaluator: See anomalib.
@@ -156,9 +157,11 @@ class Stfpm(DistillationRecipe, AnomalibStfpm):
     def loss_with_specialists(
         self, drawn: torch.Tensor, specialists: Specialists, categories: Sequence[str] | None
     ) -> torch.Tensor:
-        """Bring the student to the descriptors of the specialists; see ``DistillationRecipe``."""
+        """Bring the student to the specialists' mean descriptors; see ``DistillationRecipe``."""
         student = self.model.student_model(drawn)
-        taught = specialists.teach(categories, drawn, lambda other, rows: list(other(drawn[rows]).values()))
+        taught = specialists.teach(
+            categories, drawn, lambda other, rows: [F.normalize(feature) for feature in other(drawn[rows]).values()]
+        )
         apart = distances(dict(zip(student, taught, strict=True)), student)
         return torch.stack([distance.float().mean() for distance in apart]).sum()
 

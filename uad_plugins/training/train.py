@@ -179,6 +179,7 @@ def datamodule(config: TrainConfig, data: str | Path) -> UnifiedDataModule:
         skip_bad=section.skip_bad,
         verify=False,
         seed=config.seed,
+        split_seed=config.split_seed,
     )
 
 

@@ -1,5 +1,6 @@
 """One student taught by the students of single products."""
 
+import math
 import shutil
 
 import pytest
@@ -19,7 +20,7 @@ from uad_plugins.errors import UadxError, UsageError
 from uad_plugins.models import ReverseDistillation, Stfpm
 from uad_plugins.models.backbones import BUNDLED_FILE, alias, backbone_weights
 from uad_plugins.models.specialists import Specialists
-from uad_plugins.models.stfpm import distances
+from uad_plugins.models.stfpm import ANOMALOUS, distances, specialist_loss
 
 DRAWN = {"synthetic_anomalies": 0.5}
 CLASSES = {"stfpm": Stfpm, "reverse_distillation": ReverseDistillation}
@@ -83,18 +84,27 @@ def step_of(cls, monkeypatch):
     model.specialists, networks = two(cls)
     batch = batch_of("nut", "bolt", "bolt", "nut")
     loss = model.training_step(batch)["loss"]
-    drawn, _ = model.with_anomalies(batch.image)
-    return model, networks, batch, loss, drawn
+    return model, networks, batch, loss, *model.with_anomalies(batch.image)
+
+
+def stfpm_loss(model, drawn, opacity, taught):
+    """Written out: apart from the specialist, and less apart from the teacher than it is where an anomaly was drawn."""
+    teacher, student = model.model(drawn)
+    expected = 0
+    for apart, theirs, own in zip(
+        distances(taught, student), distances(teacher, taught), distances(teacher, student), strict=True
+    ):
+        covered = nn.functional.adaptive_avg_pool2d(opacity, apart.shape[-2:])[:, 0] >= ANOMALOUS
+        assert 0 < covered.float().mean() < 1
+        expected = expected + apart.mean() + model.anomaly_weight * ((theirs - own).clamp(min=0) * covered).mean()
+    return expected
 
 
 def test_stfpm_learns_the_descriptors_of_each_images_specialist(monkeypatch):
-    model, networks, batch, loss, drawn = step_of(Stfpm, monkeypatch)
-    student = model.model.student_model(drawn)
-    expected = 0
-    for row, name in enumerate(batch.category):
-        theirs = networks[name].student_model(drawn[row : row + 1])
-        mine = {layer: feature[row : row + 1] for layer, feature in student.items()}
-        expected = expected + sum(distance.mean() for distance in distances(theirs, mine)) / 4
+    model, networks, batch, loss, drawn, opacity = step_of(Stfpm, monkeypatch)
+    taught = [networks[name].student_model(drawn[row : row + 1]) for row, name in enumerate(batch.category)]
+    taught = {layer: torch.cat([each[layer] for each in taught]) for layer in taught[0]}
+    expected = stfpm_loss(model, drawn, opacity, taught)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
     model.specialists = Specialists({name: [networks["nut"].student_model] for name in networks})
     assert model.training_step(batch)["loss"].item() != pytest.approx(loss.item(), rel=1e-3)
@@ -104,7 +114,7 @@ def test_stfpm_learns_the_descriptors_of_each_images_specialist(monkeypatch):
 
 
 def test_reverse_distillation_restores_what_each_images_specialist_restores(monkeypatch):
-    model, networks, batch, loss, drawn = step_of(ReverseDistillation, monkeypatch)
+    model, networks, batch, loss, drawn, _ = step_of(ReverseDistillation, monkeypatch)
     encoded, decoded = model.model(drawn)
     taught = [torch.empty_like(feature) for feature in encoded]
     for row, name in enumerate(batch.category):
@@ -119,9 +129,27 @@ def test_reverse_distillation_restores_what_each_images_specialist_restores(monk
     assert all(parameter.grad is None for network in networks.values() for parameter in network.parameters())
 
 
+@pytest.mark.parametrize(("angle", "expected"), [(0.6, 0.0), (0.3, None), (1.2, 0.0)])
+def test_a_student_has_to_be_as_far_from_its_teacher_as_the_specialist_where_it_is_bad(angle, expected):
+    """The specialist at 0.6 rad from the teacher, the student at an angle on the other side."""
+
+    def at(radians):
+        radians = torch.tensor(radians)
+        return {"layer1": torch.stack([radians.cos(), radians.sin()]).view(1, 2, 1, 1).expand(1, 2, 4, 4)}
+
+    def loss(opacity, weight):
+        return specialist_loss(at(0.0), at(0.6), at(-angle), torch.full((1, 1, 16, 16), opacity), weight).item()
+
+    apart = 2 - 2 * math.cos(0.6 + angle)
+    lacking = 2 * math.cos(angle) - 2 * math.cos(0.6) if expected is None else expected
+    assert loss(0.0, 3.0) == pytest.approx(apart, abs=1e-5)
+    assert loss(1.0, 3.0) == pytest.approx(apart + 3 * lacking, abs=1e-5)
+    assert loss(1.0, 0.0) == pytest.approx(apart, abs=1e-5)
+
+
 @pytest.mark.parametrize("cls", CLASSES.values())
 def test_several_of_one_product_teach_their_mean(cls, monkeypatch):
-    model, networks, batch, _, drawn = step_of(cls, monkeypatch)
+    model, networks, batch, _, drawn, opacity = step_of(cls, monkeypatch)
     several = {name: cls.parts(network)[1] for name, network in networks.items()}
     model.specialists = Specialists({"nut": [*several.values()], "bolt": [several["bolt"]]})
     loss = model.training_step(batch)["loss"].item()
@@ -140,8 +168,8 @@ def test_several_of_one_product_teach_their_mean(cls, monkeypatch):
         taught.append([sum(layer) / len(teachers) for layer in zip(*teachers, strict=True)])
     taught = [torch.cat(layer) for layer in zip(*taught, strict=True)]
     if cls is Stfpm:
-        student = model.model.student_model(drawn)
-        expected = sum(each.mean() for each in distances(dict(zip(student, taught, strict=True)), student))
+        layers = model.model.student_model(drawn)
+        expected = stfpm_loss(model, drawn, opacity, dict(zip(layers, taught, strict=True)))
     else:
         expected = model.loss(taught, model.model(drawn)[1])
     assert loss == pytest.approx(expected.item(), rel=1e-4)
@@ -344,5 +372,5 @@ def test_autocast_of_convolutions_changes_nothing():
 def test_another_precision_is_theirs_too(washer):
     model = build(Stfpm, synthetic_anomalies=1.0, specialists=str(washer)).to(torch.bfloat16).train()
     images = batch_of("washer", "washer").image.to(torch.bfloat16)
-    loss = model.loss_with_specialists(images, model.specialists, ["washer", "washer"])
+    loss = model.loss_with_specialists(images, torch.ones(2, 1, *SIZE), model.specialists, ["washer", "washer"])
     assert loss.isfinite()

@@ -99,7 +99,7 @@ class DistillationRecipe:
         if self.specialists is None:
             loss = self.loss_with_anomalies(batch.image, drawn, opacity)
         else:
-            loss = self.loss_with_specialists(drawn, self.specialists, getattr(batch, "category", None))
+            loss = self.loss_with_specialists(drawn, opacity, self.specialists, getattr(batch, "category", None))
         module.log("train_loss", loss.detach(), on_epoch=True, prog_bar=True, batch_size=len(batch.image))
         return {"loss": loss}
 
@@ -114,12 +114,13 @@ class DistillationRecipe:
         raise NotImplementedError
 
     def loss_with_specialists(
-        self, drawn: torch.Tensor, specialists: Specialists, categories: Sequence[str] | None
+        self, drawn: torch.Tensor, opacity: torch.Tensor, specialists: Specialists, categories: Sequence[str] | None
     ) -> torch.Tensor:
         """Return the scalar loss of images with anomalies, by what specialists make of them.
 
         Args:
             drawn: float32 ``(B, 3, H, W)``, normalised.
+            opacity: Of the anomalies; see ``SyntheticAnomalies.draw``.
             specialists: Of the products.
             categories: Product of each image; None: not known, which they refuse.
         """

@@ -128,9 +128,10 @@ class ReverseDistillation(DistillationRecipe, AnomalibReverseDistillation):
         return network.encoder, nn.Sequential(network.bottleneck, network.decoder)
 
     def loss_with_specialists(
-        self, drawn: torch.Tensor, specialists: Specialists, categories: Sequence[str] | None
+        self, drawn: torch.Tensor, opacity: torch.Tensor, specialists: Specialists, categories: Sequence[str] | None
     ) -> torch.Tensor:
         """Bring the decoder's features to those of the specialists; see ``DistillationRecipe``."""
+        del opacity
         encoded, decoded = self.model(drawn)
         taught = specialists.teach(
             categories,

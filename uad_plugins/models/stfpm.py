@@ -62,6 +62,33 @@ def anomaly_loss(teacher: Features, student: Features, opacity: torch.Tensor, we
     return torch.stack(losses).sum(dim=0)
 
 
+def specialist_loss(
+    teacher: Features, specialist: Features, student: Features, opacity: torch.Tensor, weight: float
+) -> torch.Tensor:
+    """Pull the student to a specialist, and as far away from the teacher where an anomaly was drawn as that one is.
+
+    What a specialist makes of an anomaly cannot be foreseen in all detail, least of all in the first layer, which sees
+    little of the product. A student that is told this alone takes the mean of what may come, which is near the teacher.
+
+    Args:
+        teacher: Features ``(B, C, h, w)`` by layer.
+        specialist: The same of the specialists.
+        student: The same of the student.
+        opacity: Of the anomalies, float32 ``(B, 1, H, W)``, 0..1.
+        weight: Of the second part: squared distance from the teacher that the student lacks.
+
+    Returns:
+        The loss of each image, float32 ``(B,)``.
+    """
+    losses = []
+    measured = (distances(*pair) for pair in ((specialist, student), (teacher, specialist), (teacher, student)))
+    for apart, theirs, own in zip(*measured, strict=True):
+        covered = F.interpolate(opacity, apart.shape[-2:], mode="area")[:, 0]
+        lacking = F.relu(theirs.float() - own.float()) * (covered >= ANOMALOUS)
+        losses.append((apart.float() + weight * lacking).mean(dim=(1, 2)))
+    return torch.stack(losses).sum(dim=0)
+
+
 class MeanSTFPMLoss(STFPMLoss):
     """The loss of the method's authors: squared distance of unit descriptors, averaged over pixels *and images*.
 
@@ -91,7 +118,7 @@ class Stfpm(DistillationRecipe, AnomalibStfpm):
             keep its distance from the teacher. 0 is the published recipe.
         anomaly_fillings: What they are filled with; see ``SyntheticAnomalies``.
         anomaly_soft_edges: Share of them whose edges fade, 0..1.
-        anomaly_weight: Weight of that part of the loss.
+        anomaly_weight: Weight of that part of the loss, with specialists too.
         specialists: Folder of runs of single products, one or several of each, from whose students this one learns, what to
             make of anomalies too.
         pre_processor: See anomalib.
@@ -155,15 +182,15 @@ class Stfpm(DistillationRecipe, AnomalibStfpm):
         return anomaly_loss(teacher, student, opacity, self.anomaly_weight).mean()
 
     def loss_with_specialists(
-        self, drawn: torch.Tensor, specialists: Specialists, categories: Sequence[str] | None
+        self, drawn: torch.Tensor, opacity: torch.Tensor, specialists: Specialists, categories: Sequence[str] | None
     ) -> torch.Tensor:
         """Bring the student to the specialists' mean descriptors; see ``DistillationRecipe``."""
-        student = self.model.student_model(drawn)
+        teacher, student = self.model(drawn)
         taught = specialists.teach(
             categories, drawn, lambda other, rows: [F.normalize(feature) for feature in other(drawn[rows]).values()]
         )
-        apart = distances(dict(zip(student, taught, strict=True)), student)
-        return torch.stack([distance.float().mean() for distance in apart]).sum()
+        specialist = dict(zip(student, taught, strict=True))
+        return specialist_loss(teacher, specialist, student, opacity, self.anomaly_weight).mean()
 
     @staticmethod
     def distil(network: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

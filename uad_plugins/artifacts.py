@@ -215,12 +215,16 @@ class Run:
         use_plugins(config.plugins)
         return config
 
+    def checkpoint_sha256(self) -> str:
+        """Return the SHA-256 of the checkpoint that was trained, as the manifest says, or else of the file."""
+        return self.manifest().checkpoint_sha256 or sha256_of(self.checkpoint)
+
     def source(self) -> dict[str, Any]:
         """Return what later stations note of where they came from: the checkpoint, and how the data was split."""
         config, manifest, held_out = self.config(), self.manifest(), self.held_out()
         return {
             "run": str(self.folder.absolute()),
-            "checkpoint_sha256": manifest.checkpoint_sha256 or sha256_of(self.checkpoint),
+            "checkpoint_sha256": self.checkpoint_sha256(),
             "data": manifest.data.get("root"),
             "fingerprint": manifest.data.get("fingerprint"),
             "layout": config.data.layout,

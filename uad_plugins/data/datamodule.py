@@ -228,7 +228,6 @@ class UnifiedDataModule(AnomalibDataModule):
         self.val_fraction = val_fraction
         self.skip_bad = skip_bad
         self.verify = verify
-        self.order_seed = seed
         self.split_seed = seed if split_seed is None else split_seed
         self.skipped: dict[str, str] = {}
         self.table: SampleTable
@@ -332,9 +331,7 @@ class UnifiedDataModule(AnomalibDataModule):
     def train_dataloader(self) -> DataLoader[UnifiedBatch]:
         """Training batches in the configured order."""
         data: UnifiedDataset = self.train_data
-        sampler = CategorySampler(
-            self.table.category_index[data.indices], self.sampling, self.samples_per_epoch, self.order_seed
-        )
+        sampler = CategorySampler(self.table.category_index[data.indices], self.sampling, self.samples_per_epoch, self.seed)
         return self._loader(data, batch_size=self.train_batch_size, sampler=sampler)
 
     def val_dataloader(self) -> DataLoader[UnifiedBatch]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from uad_plugins.artifacts import MANIFEST, Run, sha256_of
+from uad_plugins.artifacts import MANIFEST, Run
 from uad_plugins.errors import UadxError
 from uad_plugins.models.torch_detector import TorchDetector
 
@@ -63,15 +63,15 @@ class Specialists:
         origins: dict[str, list[str]] = {}
         places: dict[str, Path] = {}
         for place in sorted(path.parent for path in folder.glob(f"*/{MANIFEST}")):
-            network, manifest = _network(place, model, parts, compare=compare), Run(place).manifest()
-            origin = manifest.checkpoint_sha256 or sha256_of(Run(place).checkpoint)
+            run, network = Run(place), _network(place, model, parts, compare=compare)
+            origin = run.checkpoint_sha256()
             if origin in places:
                 raise UadxError(
                     f"model.options.specialists: {place} and {places[origin]} are the same",
                     "move one of them out of the folder",
                 )
             places[origin] = place
-            for category in manifest.categories:
+            for category in run.manifest().categories:
                 students.setdefault(category, []).append(parts(network)[1])
                 origins.setdefault(category, []).append(origin)
         if not students:
@@ -117,7 +117,7 @@ class Specialists:
             for name in sorted(set(categories)):
                 rows = torch.tensor([row for row, each in enumerate(categories) if each == name], device=like.device)
                 answers = [ask(student, rows) for student in self.students[name]]
-                seen = [torch.stack(layer).mean(dim=0) if layer[1:] else layer[0] for layer in zip(*answers, strict=True)]
+                seen = [torch.stack(layer).mean(dim=0) for layer in zip(*answers, strict=True)]
                 every = every or [feature.new_empty(len(categories), *feature.shape[1:]) for feature in seen]
                 for whole, feature in zip(every, seen, strict=True):
                     whole[rows] = feature

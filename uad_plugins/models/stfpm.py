@@ -38,7 +38,16 @@ GOOD, ANOMALOUS = 0.02, 0.2
 
 def distances(teacher: Features, student: Features) -> list[torch.Tensor]:
     """Return the squared distances of unit descriptors, ``(B, h, w)`` of each layer (arXiv 2103.04257, equation 1)."""
-    return [(F.normalize(teacher[layer]) - F.normalize(student[layer])).square().sum(dim=1) for layer in teacher]
+    return [_apart(F.normalize(teacher[layer]), F.normalize(student[layer])) for layer in teacher]
+
+
+def _apart(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    return (one - other).square().sum(dim=1)
+
+
+def _covered(opacity: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Return the mean opacity in each cell of distances ``(B, h, w)``."""
+    return F.interpolate(opacity, like.shape[-2:], mode="area")[:, 0]
 
 
 def anomaly_loss(teacher: Features, student: Features, opacity: torch.Tensor, weight: float) -> torch.Tensor:
@@ -55,7 +64,7 @@ def anomaly_loss(teacher: Features, student: Features, opacity: torch.Tensor, we
     """
     losses = []
     for distance in distances(teacher, student):
-        covered, apart = F.interpolate(opacity, distance.shape[-2:], mode="area")[:, 0], distance.float()
+        covered, apart = _covered(opacity, distance), distance.float()
         good = apart * (covered <= GOOD)
         near = F.relu(MARGIN - apart) * (covered >= ANOMALOUS)
         losses.append((good + weight * near).mean(dim=(1, 2)))
@@ -81,11 +90,11 @@ def specialist_loss(
         The loss of each image, float32 ``(B,)``.
     """
     losses = []
-    measured = (distances(*pair) for pair in ((specialist, student), (teacher, specialist), (teacher, student)))
-    for apart, theirs, own in zip(*measured, strict=True):
-        covered = F.interpolate(opacity, apart.shape[-2:], mode="area")[:, 0]
-        lacking = F.relu(theirs.float() - own.float()) * (covered >= ANOMALOUS)
-        losses.append((apart.float() + weight * lacking).mean(dim=(1, 2)))
+    for layer in teacher:
+        origin, goal, place = (F.normalize(features[layer]) for features in (teacher, specialist, student))
+        apart, lacking = _apart(goal, place).float(), _apart(origin, goal).float() - _apart(origin, place).float()
+        bad = _covered(opacity, apart) >= ANOMALOUS
+        losses.append((apart + weight * F.relu(lacking) * bad).mean(dim=(1, 2)))
     return torch.stack(losses).sum(dim=0)
 
 

@@ -245,6 +245,22 @@ def test_a_killed_training_goes_on_with_them(washer, products, tmp_path, monkeyp
     assert all(torch.equal(unbroken, resumed) for unbroken, resumed in pairs)
 
 
+@pytest.mark.parametrize("change", ["added", "removed"])
+def test_a_resumed_training_keeps_its_specialists(washer, products, tmp_path, change):
+    folder, over = shutil.copytree(washer, tmp_path / "folder"), {"data": {"categories": ["washer"]}}
+    small_run(products, folder / ".hidden", {**of_method("stfpm"), **over, "seed": 2})
+    small_run(products, folder / "again", {**of_method("stfpm"), **over, "seed": 1})
+    small_run(products, tmp_path / "run", taught_by(folder, **over))
+    manifest = Run(tmp_path / "run").manifest()
+    assert len(manifest.method["specialists"]["washer"]) == 2
+    (folder / ("again" if change == "removed" else ".hidden")).rename(
+        tmp_path / "elsewhere" if change == "removed" else folder / "new"
+    )
+    with pytest.raises(UadxError, match="specialists are not those that this training began with"):
+        small_run(products, tmp_path / "run", taught_by(folder, **over, trainer={"max_epochs": 2}), resume=True)
+    assert Run(tmp_path / "run").manifest() == manifest
+
+
 def test_a_student_comes_closer_to_its_specialist(monkeypatch):
     """After some steps it does more of what the specialist does, on images it has not seen."""
     specialists, networks = two(Stfpm)

@@ -1,8 +1,8 @@
 """Students of single products, from which the student of all of them learns instead of from the teacher.
 
 One that knows a single product fails where it should; one that learns several from their teacher learns more of it. Taught
-by the first, on images with synthetic anomalies, the second learns where to fail, too. Several of one product, trained from
-different seeds, know it better together.
+by the first, on images with synthetic anomalies, the second learns where to fail, too. Of several of one product it learns
+their mean.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Specialists:
         """Load the students of the finished runs that lie in a folder.
 
         Args:
-            folder: With a run in each folder below it.
+            folder: With a run in each folder below it; hidden ones are left out.
             model: The anomalib module that is to be taught.
             parts: Returns teacher and student of ``model.model``.
             compare: Whether the teacher of ``model`` has its weights by now, so that it can be compared with theirs.
@@ -62,7 +62,7 @@ class Specialists:
         students: dict[str, list[nn.Module]] = {}
         origins: dict[str, list[str]] = {}
         places: dict[str, Path] = {}
-        for place in sorted(path.parent for path in folder.glob(f"*/{MANIFEST}")):
+        for place in sorted(path.parent for path in folder.glob(f"[!.]*/{MANIFEST}")):
             run, network = Run(place), _network(place, model, parts, compare=compare)
             origin = run.checkpoint_sha256()
             if origin in places:
@@ -124,7 +124,10 @@ class Specialists:
         return every
 
     def _move(self, like: torch.Tensor) -> None:
-        """Bring them to a device and a dtype: convolutions to that of autocast, which would convert them at each call."""
+        """Bring them to a device and a dtype: convolutions to that of autocast, which would convert them at each call.
+
+        What a lower precision has rounded stays so; a training keeps to one.
+        """
         kind = like.device.type
         lower = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype
         if self._place == (like.device, like.dtype, lower):

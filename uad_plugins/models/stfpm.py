@@ -81,7 +81,7 @@ def specialist_loss(
 
     Args:
         teacher: Features ``(B, C, h, w)`` by layer.
-        specialist: The same of the specialists.
+        specialist: The same of the specialist, or the mean of several.
         student: The same of the student.
         opacity: Of the anomalies, float32 ``(B, 1, H, W)``, 0..1.
         weight: Of the second part: squared distance from the teacher that the student lacks.

@@ -220,6 +220,23 @@ def check_same_data(manifest: RunManifest, table: SampleTable) -> None:
         )
 
 
+def check_same_specialists(manifest: RunManifest, record: Mapping[str, Any]) -> None:
+    """Refuse to resume with other specialists than the training began with.
+
+    Args:
+        manifest: Of the unfinished run.
+        record: What the model that is to go on notes of itself: ``DistillationRecipe.run_record``.
+
+    Raises:
+        UadxError: One was added, removed or exchanged: the student would be taught something else from here on.
+    """
+    if record.get("specialists") != manifest.method.get("specialists"):
+        raise UadxError(
+            "the specialists are not those that this training began with (runs added, removed or exchanged)",
+            "put them back as they were (run.json names their checkpoints), or train anew to another folder",
+        )
+
+
 def _leaves(tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:

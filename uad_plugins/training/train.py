@@ -32,6 +32,7 @@ from uad_plugins.training.run_folder import (
     check_epochs,
     check_folder,
     check_same_data,
+    check_same_specialists,
     locked,
     main_process,
     own_place,
@@ -97,6 +98,8 @@ def train(
         model = model_plugin(config.model.name).build(_from_checkpoint(config) if resumes else config)
         if isinstance(model, DistillationRecipe):
             model.require_categories(trained_categories(table))
+            if resumes:
+                check_same_specialists(run.manifest(), model.run_record())
         config = fit_trainer_arguments(config, model, given or {})
         if resumes:
             check_epochs(run, epochs_of(run.last_checkpoint, model), config.trainer.get("max_epochs"))
@@ -208,6 +211,7 @@ def _manifest(
         },
         weights=asdict(record) if record else None,
         versions=versions(),
+        method=model.run_record() if isinstance(model, DistillationRecipe) else {},
     )
 
 

@@ -19,7 +19,7 @@ from uad_plugins.quantization.torch_quantization import quantize_core, strip
 
 SIDE = 64
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-METHODS = ("stfpm", "reverse_distillation", "uninformed_students")
+METHODS = ("stfpm", "gated_stfpm", "reverse_distillation", "uninformed_students")
 
 
 def lively(model: nn.Module) -> nn.Module:
@@ -65,14 +65,17 @@ def students_and_teachers(pre_processor: PreProcessor) -> UninformedStudents:
 def module(method: str) -> AnomalibModule:
     """An untrained method with lively BatchNorm; layers 1 and 2 of STFPM, two narrow scales of Uninformed Students.
 
-    Not to be changed.
+    The student of gated STFPM has squeeze-and-excitation. Not to be changed.
     """
     torch.manual_seed(0)
     pre_processor = AnomalibModule.configure_pre_processor((SIDE, SIDE))
     if method == "uninformed_students":
         return students_and_teachers(pre_processor)
-    options = {"layers": ["layer1", "layer2"]} if method == "stfpm" else {}
-    cls = Stfpm if method == "stfpm" else ReverseDistillation
+    cls, options = ReverseDistillation, {}
+    if method in {"stfpm", "gated_stfpm"}:
+        cls, options = Stfpm, {"layers": ["layer1", "layer2"]}
+    if method == "gated_stfpm":
+        options["student_backbone"] = "seresnet18"
     built = cls(backbone="resnet18", weights="bundled", pre_processor=pre_processor, visualizer=False, **options)
     lively(built.model)
     return built.eval()

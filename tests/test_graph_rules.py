@@ -6,12 +6,13 @@ import numpy as np
 import onnx
 import openvino
 import pytest
-from networks import SIDE, exported
+from networks import METHODS, SIDE, core, exported, noise
 from onnx import ModelProto, helper
 
 from uad_plugins.quantization import openvino_rules, tensorrt_rules
-from uad_plugins.quantization.graph import ADD, CONV, INPUT, Graph
+from uad_plugins.quantization.graph import ADD, CONV, INPUT, MEAN, MULTIPLY, TRANSPOSED, Graph
 from uad_plugins.quantization.onnx_graph import OnnxGraph, set_initializer
+from uad_plugins.quantization.scope import TorchGraph
 from uad_plugins.quantization.tensorrt_versions import PARSERS
 
 
@@ -293,3 +294,36 @@ def test_a_smoothing_filter_belongs_to_the_head():
     filters = [name for name, kind in graph.kinds.items() if kind == CONV and name not in graph.convolutions()]
     assert filters
     assert set(filters) <= graph.head()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gates_are_found_whatever_the_framework(method, tmp_path):
+    """Those of two blocks in each of two layers; of no convolution where a network has none."""
+    onnx.save(exported(method, "float"), tmp_path / "model.onnx")
+    graphs = [
+        TorchGraph.of(core(method), noise(1)[0]),
+        OnnxGraph.of(exported(method, "float")),
+        openvino_rules.OpenvinoGraph.of(openvino.convert_model(tmp_path / "model.onnx")),
+    ]
+    for graph in graphs:
+        inside = [name for name in graph.gates() if graph.kinds[name] in {CONV, TRANSPOSED}]
+        assert len(inside) == (8 if method == "gated_stfpm" else 0)
+        assert not set(inside) & set(graph.convolutions())
+        products = [name for name in graph.gates() if graph.kinds[name] == MULTIPLY]
+        assert len(products) >= len(inside) / 2
+    assert len({len(graph.convolutions()) for graph in graphs}) == 1
+
+
+def test_what_comes_of_more_than_the_mean_is_no_gate():
+    """An encoder's features times those of its decoder, which saw a mean of them among other things."""
+    graph = Graph()
+    for name, kind in (("x", INPUT), ("mean", MEAN), ("a", CONV), ("add", ADD), ("product", MULTIPLY)):
+        graph.kinds[name] = kind
+    for producer, consumer, port in (("x", "mean", 0), ("x", "a", 0), ("a", "add", 0), ("mean", "add", 1), ("x", "product", 0)):
+        graph.connect(producer, consumer, port)
+    graph.connect("add", "product", 1)
+    assert graph.gates() == set()
+    graph.inputs["add"][0] = "mean"
+    graph.outputs["x"].remove("a")
+    graph.inputs["a"][0] = "mean"
+    assert graph.gates() == {"mean", "add", "product"}

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from anomalib.metrics import Evaluator
 from anomalib.models import Stfpm as AnomalibStfpm
+from anomalib.models.components import TimmFeatureExtractor
 from anomalib.models.image.stfpm.loss import STFPMLoss
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
@@ -16,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from uad_plugins.config import OptimizerConfig
+from uad_plugins.errors import UsageError
 from uad_plugins.models.backbones import HUB, alias, backbone_weights, require_architecture
 from uad_plugins.models.options import ANOMALY_WEIGHT, FILLINGS, SOFT_EDGES, Filling
 from uad_plugins.models.recipe import DistillationRecipe
@@ -112,16 +114,39 @@ class MeanSTFPMLoss(STFPMLoss):
         return loss * (2 / batch)
 
 
+def student_network(architecture: str, teacher: Any) -> TimmFeatureExtractor:
+    """Build a student of another architecture than its teacher's, untrained.
+
+    Args:
+        architecture: A timm ResNet, by any of its variants.
+        teacher: anomalib's ``TimmFeatureExtractor``.
+
+    Raises:
+        UsageError: timm has no such ResNet, or its features have other shapes than the teacher's.
+    """
+    bare = require_architecture(architecture)
+    student = TimmFeatureExtractor(backbone=bare, layers=teacher.layers, pre_trained=False, requires_grad=True)
+    shapes = [list(zip(network.out_dims, network.reductions, strict=True)) for network in (student, teacher)]
+    if shapes[0] != shapes[1]:
+        mine, theirs = (", ".join(f"{channels} at 1/{stride}" for channels, stride in each) for each in shapes)
+        raise UsageError(
+            f"model.options.student_backbone: features of {bare} are {mine}, those of the teacher {theirs}",
+            "take a variant of the teacher's backbone (seresnet18 for resnet18), or leave it out",
+        )
+    return student
+
+
 class Stfpm(DistillationRecipe, AnomalibStfpm):
     """STFPM for the unified setting.
 
     Differs from anomalib's class in what surrounds the network, not in the network: checkpoints of the two load into each
-    other.
+    other, but for those with a ``student_backbone``.
 
     Args:
         backbone: Any timm ResNet.
         layers: Layers whose features are matched.
         weights: Teacher weights: ``hub``, ``bundled`` or a path.
+        student_backbone: The student's, a timm ResNet whose features are shaped like the teacher's; None: the same.
         optimizer: See ``OptimizerConfig``; None is the published recipe (SGD 0.4).
         synthetic_anomalies: Share of the training images that get a synthetic anomaly, 0..1, on which the student has to
             keep its distance from the teacher. 0 is the published recipe.
@@ -137,7 +162,7 @@ class Stfpm(DistillationRecipe, AnomalibStfpm):
 
     Raises:
         UadxError: The weights are missing or of another architecture, or the specialists cannot teach this model.
-        UsageError: The backbone does not exist, or there are specialists and no anomalies.
+        UsageError: A backbone does not exist, the student's does not fit, or there are specialists and no anomalies.
     """
 
     def __init__(
@@ -145,6 +170,7 @@ class Stfpm(DistillationRecipe, AnomalibStfpm):
         backbone: str = "resnet18",
         layers: Sequence[str] = LAYERS,
         weights: str = HUB,
+        student_backbone: str | None = None,
         optimizer: Mapping[str, Any] | None = None,
         synthetic_anomalies: float = 0.0,
         anomaly_fillings: Sequence[Filling] = FILLINGS,
@@ -166,6 +192,8 @@ class Stfpm(DistillationRecipe, AnomalibStfpm):
                 evaluator=evaluator,
                 visualizer=visualizer,
             )
+        if student_backbone is not None:
+            self.model.student_model = student_network(student_backbone, self.model.teacher_model)
         self.weights_record = records[0] if records else None
         self.set_recipe(optimizer, RECIPE)
         self.model.backbone = backbone

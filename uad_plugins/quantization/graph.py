@@ -1,8 +1,9 @@
 """A network as a graph of operations, whatever framework it is in: where its convolutions end and its head begins.
 
 The *head* is the arithmetic of the anomaly map: every node from which no convolution of the network can be reached any
-more. A filter over a single channel (the smoothing of a map) is no convolution in this sense. The rule needs no names, so
-it holds for methods that nobody has seen yet.
+more. A *gate* is what a tensor is multiplied by that was worked out of its mean over all pixels: squeeze-and-excitation.
+Both stay float. A filter over a single channel (the smoothing of a map) is no convolution in this sense, nor is one of a
+gate. The rules need no names, so they hold for methods that nobody has seen yet.
 """
 
 from __future__ import annotations
@@ -11,7 +12,16 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-CONV, TRANSPOSED, ADD, NORM, CONSTANT, INPUT = "conv", "transposed", "add", "norm", "constant", "input"
+CONV, TRANSPOSED, ADD, MULTIPLY, MEAN, NORM, CONSTANT, INPUT = (
+    "conv",
+    "transposed",
+    "add",
+    "multiply",
+    "mean",
+    "norm",
+    "constant",
+    "input",
+)
 """Kinds that mean the same in every framework; all other kinds keep the framework's own names."""
 
 
@@ -37,8 +47,10 @@ class Graph:
         self.outputs[producer].append(consumer)
 
     def convolutions(self) -> list[str]:
-        """Return the convolutions of the network: those over more than one channel."""
-        return [name for name, kind in self.kinds.items() if kind in {CONV, TRANSPOSED} and self.channels.get(name, 0) > 1]
+        """Return the convolutions of the network: those over more than one channel, and not of gates."""
+        many = [name for name, kind in self.kinds.items() if kind in {CONV, TRANSPOSED} and self.channels.get(name, 0) > 1]
+        gates = self.gates()
+        return [name for name in many if name not in gates]
 
     def before(self, names: Iterable[str]) -> set[str]:
         """Return the nodes from which one of the named can be reached, the named included."""
@@ -53,8 +65,25 @@ class Graph:
         return self.after(name for name, kind in self.kinds.items() if kind == INPUT)
 
     def head(self) -> set[str]:
-        """Return the nodes that stay float."""
+        """Return the nodes behind the last convolutions."""
         return set(self.kinds) - self.before(self.convolutions())
+
+    def gates(self) -> set[str]:
+        """Return the nodes of gates: from the mean over all pixels to the multiplication by what is made of it.
+
+        Their convolutions see one pixel of each image: they cost nothing, and what they say is said of all pixels.
+        """
+        moving, found = self.moving(), set()
+        for name, kind in self.kinds.items():
+            factors = [self.inputs[name].get(port, "") for port in (0, 1)] if kind == MULTIPLY else []
+            if len(factors) != 2 or not all(factor in moving for factor in factors):
+                continue
+            for gated, gate in (factors, reversed(factors)):
+                between = self.before([gate]) & self.after([gated]) - {gated}
+                # Beside a mean there may be another way, as from an encoder's features to those of its decoder.
+                if between and gate not in _reach([gated], lambda each: () if self.kinds[each] == MEAN else self.outputs[each]):
+                    found |= {name} | between
+        return found
 
     def additions(self) -> list[tuple[str, str, str]]:
         """Return the residual additions before the head as ``(addition, main branch, skip branch)``.

@@ -12,9 +12,17 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper, shape_inference
 from onnx.reference import ReferenceEvaluator
 
-from uad_plugins.quantization.graph import ADD, CONSTANT, CONV, INPUT, NORM, TRANSPOSED, Graph
+from uad_plugins.quantization.graph import ADD, CONSTANT, CONV, INPUT, MEAN, MULTIPLY, NORM, TRANSPOSED, Graph
 
-KINDS = {"Conv": CONV, "ConvTranspose": TRANSPOSED, "Add": ADD, "BatchNormalization": NORM}
+KINDS = {
+    "Conv": CONV,
+    "ConvTranspose": TRANSPOSED,
+    "Add": ADD,
+    "Mul": MULTIPLY,
+    "ReduceMean": MEAN,
+    "GlobalAveragePool": MEAN,
+    "BatchNormalization": NORM,
+}
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 
 

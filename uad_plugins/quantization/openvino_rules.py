@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from uad_plugins.quantization.graph import ADD, CONSTANT, CONV, INPUT, TRANSPOSED, Graph
+from uad_plugins.quantization.graph import ADD, CONSTANT, CONV, INPUT, MEAN, MULTIPLY, TRANSPOSED, Graph
 
 KINDS = {
     "Convolution": CONV,
@@ -14,6 +14,8 @@ KINDS = {
     "ConvolutionBackpropData": TRANSPOSED,
     "GroupConvolutionBackpropData": TRANSPOSED,
     "Add": ADD,
+    "Multiply": MULTIPLY,
+    "ReduceMean": MEAN,
     "Constant": CONSTANT,
     "Parameter": INPUT,
 }

@@ -19,7 +19,7 @@ from nncf.torch.function_hook import (
 from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import build_nncf_graph
 from torch import nn
 
-from uad_plugins.quantization.graph import ADD, CONSTANT, CONV, INPUT, NORM, TRANSPOSED, Graph
+from uad_plugins.quantization.graph import ADD, CONSTANT, CONV, INPUT, MEAN, MULTIPLY, NORM, TRANSPOSED, Graph
 
 KINDS = {
     "conv1d": CONV,
@@ -32,6 +32,12 @@ KINDS = {
     "add_": ADD,
     "__add__": ADD,
     "__iadd__": ADD,
+    "mul": MULTIPLY,
+    "mul_": MULTIPLY,
+    "__mul__": MULTIPLY,
+    "__imul__": MULTIPLY,
+    "mean": MEAN,
+    "adaptive_avg_pool2d": MEAN,
     "batch_norm": NORM,
     "nncf_model_const": CONSTANT,
     "nncf_model_input": INPUT,
@@ -86,7 +92,7 @@ class TorchGraph(Graph):
         Args:
             student: Quantize only the convolutions of these parameters, and what lies behind them; None: all.
         """
-        left_out = self.head()
+        left_out = self.head() | self.gates()
         if student is not None:
             chosen = self.convolutions_of(student)
             left_out |= set(self.kinds) - self.after(chosen)

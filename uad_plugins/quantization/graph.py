@@ -74,6 +74,10 @@ class Graph:
         Their convolutions see one pixel of each image: they cost nothing, and what they say is said of all pixels.
         """
         moving, found = self.moving(), set()
+
+        def onwards(name: str) -> Iterable[str]:
+            return () if self.kinds[name] == MEAN else self.outputs.get(name, ())
+
         for name, kind in self.kinds.items():
             factors = [self.inputs[name].get(port, "") for port in (0, 1)] if kind == MULTIPLY else []
             if len(factors) != 2 or not all(factor in moving for factor in factors):
@@ -81,7 +85,7 @@ class Graph:
             for gated, gate in (factors, reversed(factors)):
                 between = self.before([gate]) & self.after([gated]) - {gated}
                 # Beside a mean there may be another way, as from an encoder's features to those of its decoder.
-                if between and gate not in _reach([gated], lambda each: () if self.kinds[each] == MEAN else self.outputs[each]):
+                if between and gate not in _reach([gated], onwards):
                     found |= {name} | between
         return found
 

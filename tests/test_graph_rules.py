@@ -6,8 +6,11 @@ import numpy as np
 import onnx
 import openvino
 import pytest
+import torch
 from networks import METHODS, SIDE, core, exported, noise
 from onnx import ModelProto, helper
+from timm.layers import create_attn
+from torch.nn import functional as F
 
 from uad_plugins.quantization import openvino_rules, tensorrt_rules
 from uad_plugins.quantization.graph import ADD, CONV, INPUT, MEAN, MULTIPLY, TRANSPOSED, Graph
@@ -159,6 +162,13 @@ def quantized_head(model):
     quantize_tensor(model, node.input[0], node)
 
 
+def quantized_gate(model):
+    model.CopyFrom(exported("gated_stfpm", "tensorrt"))
+    gates = OnnxGraph.of(model).gates()
+    node = first(model, "Conv", lambda node: node.output[0] in gates)
+    quantize_tensor(model, node.input[0], node)
+
+
 @pytest.mark.parametrize(
     ("break_it", "rule"),
     [
@@ -181,6 +191,7 @@ def quantized_head(model):
         (float_skip_branch, "residual additions"),
         (float_weight, "coverage"),
         (quantized_head, "float head"),
+        (quantized_gate, "float gates"),
     ],
 )
 def test_a_broken_graph_is_caught(break_it, rule):
@@ -268,9 +279,18 @@ def test_openvino_rules_find_quantized_additions_and_signs_behind_relu(tmp_path)
     assert all(line.endswith("behind a ReLU") for line in findings["unsigned behind ReLU"])
 
 
+def test_openvino_rules_find_a_quantized_gate(tmp_path):
+    onnx.save(exported("gated_stfpm", "openvino"), tmp_path / "model.onnx")
+    assert openvino_rules.check(openvino.convert_model(tmp_path / "model.onnx"))["float gates"] == []
+    model = ModelProto()
+    quantized_gate(model)
+    onnx.save(model, tmp_path / "quantized.onnx")
+    assert openvino_rules.check(openvino.convert_model(tmp_path / "quantized.onnx"))["float gates"]
+
+
 def test_every_openvino_rule_is_broken_by_a_test():
-    """Those of the four tests above."""
-    broken = {"float head", "quantized", "coverage", "consumers", "static shapes"}
+    """Those of the five tests above."""
+    broken = {"float head", "float gates", "quantized", "coverage", "consumers", "static shapes"}
     broken |= {"residual additions in float", "unsigned behind ReLU"}
     assert broken == {*openvino_rules.RULES, "coverage", "static shapes"}
 
@@ -312,6 +332,39 @@ def test_gates_are_found_whatever_the_framework(method, tmp_path):
         products = [name for name in graph.gates() if graph.kinds[name] == MULTIPLY]
         assert len(products) >= len(inside) / 2
     assert len({len(graph.convolutions()) for graph in graphs}) == 1
+
+
+@pytest.mark.parametrize(
+    ("attention", "found"),
+    [("se", True), ("ese", True), ("eca", True), ("cbam", False), (None, False)],
+)
+def test_gates_of_timms_kinds_of_attention(attention, found):
+    """What has another way past the mean, or sees single pixels, is none: it is treated as any other arithmetic."""
+    layers = [torch.nn.Conv2d(3, 16, 3), create_attn(attention, 16) or torch.nn.Identity(), torch.nn.Conv2d(16, 4, 3)]
+    network = torch.nn.Sequential(*layers).eval()
+    gates = TorchGraph.of(network, noise(1)[0]).gates()
+    assert bool(gates) == found
+
+
+def test_a_mean_over_channels_or_of_a_region_makes_no_gate():
+    class Attention(torch.nn.Module):
+        def __init__(self, mean):
+            super().__init__()
+            self.before, self.within, self.behind = (torch.nn.Conv2d(*each, 1) for each in ((3, 8), (8, 8), (8, 3)))
+            self.mean = mean
+
+        def forward(self, x):
+            x = self.before(x)
+            return self.behind(x * self.within(self.mean(x)).sigmoid())
+
+    means = {
+        "all": lambda x: x.mean((2, 3), keepdim=True),
+        "pool": lambda x: F.adaptive_avg_pool2d(x, 1),
+        "channels": lambda x: x.mean(1, keepdim=True).expand(-1, 8, -1, -1),
+        "regions": lambda x: F.interpolate(F.adaptive_avg_pool2d(x, 2), x.shape[-2:]),
+    }
+    found = {name: bool(TorchGraph.of(Attention(mean).eval(), noise(1)[0]).gates()) for name, mean in means.items()}
+    assert found == {"all": True, "pool": True, "channels": False, "regions": False}
 
 
 def test_what_comes_of_more_than_the_mean_is_no_gate():

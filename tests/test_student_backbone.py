@@ -48,19 +48,20 @@ def test_only_the_student_is_another():
     assert all(torch.equal(mine, other) for mine, other in pairs)
 
 
+def test_any_resnet_of_the_same_shapes_will_do():
+    assert build(Stfpm, student_backbone="resnet18d").model.student_model.out_dims == [64, 128, 256]
+
+
 @pytest.mark.parametrize(
     ("student", "message"),
     [
-        ("seresnet50", r"features of seresnet50 are 256 at 1/4.*those of the teacher 64 at 1/4"),
-        ("resnet18d", None),
-        ("seresnet81", "unknown backbone 'seresnet81'"),
+        ("seresnet50", "features of seresnet50 are 256 at 1/4.*those of the teacher 64 at 1/4"),
+        ("seresnet81", "model.options.student_backbone: unknown backbone 'seresnet81'"),
         ("vit_tiny_patch16_224", "unknown backbone"),
+        ("resnet18.a1_in1k", "a student begins with none"),
     ],
 )
 def test_one_that_does_not_fit_is_refused(student, message):
-    if message is None:
-        assert build(Stfpm, student_backbone=student).model.student_model.out_dims == [64, 128, 256]
-        return
     with pytest.raises(UsageError, match=message):
         build(Stfpm, student_backbone=student)
 
@@ -74,13 +75,24 @@ def run(products, tmp_path_factory):
 
 
 def test_it_is_trained_and_loaded_as_it_was(run):
-    detector = TorchDetector.load(Run(run))
-    student = detector.model.model.student_model
-    assert [name for name, _ in student.named_modules() if name.endswith(".se")]
-    start = build(Stfpm, student_backbone=SEEING).model.student_model
-    assert not torch.equal(next(student.parameters()), next(start.parameters()))
+    student = TorchDetector.load(Run(run)).model.model.student_model
+    start = build(Stfpm, student_backbone=SEEING).model.student_model.state_dict()
+    saved = torch.load(run / "model.ckpt", map_location="cpu", weights_only=False)["state_dict"]
+    for name, value in student.state_dict().items():
+        assert torch.equal(value, saved[f"model.student_model.{name}"])
+        if ".se." in name:
+            assert not torch.equal(value, start[name])
     with backbone_weights(CHECKPOINT), pytest.raises(RuntimeError, match="student_model"):
         AnomalibStfpm.load_from_checkpoint(run / "model.ckpt", map_location="cpu", backbone=alias("resnet18"))
+
+
+def test_specialists_without_it_teach_one_with_it(products, tmp_path):
+    options = {"synthetic_anomalies": 0.8}
+    over = {"data": {"categories": ["washer"]}, "trainer": {"max_epochs": 1}}
+    small_run(products, tmp_path / "specialists" / "washer", {"model": {"options": options}, **over})
+    options |= {"student_backbone": SEEING, "specialists": str(tmp_path / "specialists")}
+    small_run(products, tmp_path / "run", {"model": {"options": options}, **over})
+    assert list(Run(tmp_path / "run").manifest().method["specialists"]) == ["washer"]
 
 
 @pytest.mark.parametrize(
@@ -89,6 +101,7 @@ def test_it_is_trained_and_loaded_as_it_was(run):
 )
 def test_it_is_quantized(backend, options, run, products, tmp_path):
     manifest = quantize(Order(run, tmp_path / "q", backend, samples=12, data=str(products), options=options))
+    assert manifest.agreement
     for agreement in manifest.agreement.values():
         assert agreement["map_l2"] < 0.15
         assert agreement["map_rank"] > 0.9

@@ -118,19 +118,28 @@ def student_network(architecture: str, teacher: Any) -> TimmFeatureExtractor:
     """Build a student of another architecture than its teacher's, untrained.
 
     Args:
-        architecture: A timm ResNet, by any of its variants.
+        architecture: Name of a timm ResNet, plain or with attention.
         teacher: anomalib's ``TimmFeatureExtractor``.
 
     Raises:
-        UsageError: timm has no such ResNet, or its features have other shapes than the teacher's.
+        UsageError: timm has no such ResNet, weights are named with it, or its features have other shapes than the teacher's.
     """
-    bare = require_architecture(architecture)
-    student = TimmFeatureExtractor(backbone=bare, layers=teacher.layers, pre_trained=False, requires_grad=True)
+    option = "model.options.student_backbone"
+    if "." in architecture:
+        raise UsageError(
+            f"{option}: {architecture} names weights, and a student begins with none",
+            f"use {architecture.partition('.')[0]}",
+        )
+    try:
+        require_architecture(architecture)
+    except UsageError as error:
+        raise UsageError(f"{option}: {error.message}", error.hint) from None
+    student = TimmFeatureExtractor(backbone=architecture, layers=teacher.layers, pre_trained=False, requires_grad=True)
     shapes = [list(zip(network.out_dims, network.reductions, strict=True)) for network in (student, teacher)]
     if shapes[0] != shapes[1]:
         mine, theirs = (", ".join(f"{channels} at 1/{stride}" for channels, stride in each) for each in shapes)
         raise UsageError(
-            f"model.options.student_backbone: features of {bare} are {mine}, those of the teacher {theirs}",
+            f"{option}: features of {architecture} are {mine}, those of the teacher {theirs}",
             "take a variant of the teacher's backbone (seresnet18 for resnet18), or leave it out",
         )
     return student
@@ -146,7 +155,6 @@ class Stfpm(DistillationRecipe, AnomalibStfpm):
         backbone: Any timm ResNet.
         layers: Layers whose features are matched.
         weights: Teacher weights: ``hub``, ``bundled`` or a path.
-        student_backbone: The student's, a timm ResNet whose features are shaped like the teacher's; None: the same.
         optimizer: See ``OptimizerConfig``; None is the published recipe (SGD 0.4).
         synthetic_anomalies: Share of the training images that get a synthetic anomaly, 0..1, on which the student has to
             keep its distance from the teacher. 0 is the published recipe.
@@ -155,6 +163,7 @@ class Stfpm(DistillationRecipe, AnomalibStfpm):
         anomaly_weight: Weight of that part of the loss, with specialists too.
         specialists: Folder of runs of single products, one or several of each, from whose students this one learns, what to
             make of anomalies too.
+        student_backbone: The student's, a timm ResNet whose features are shaped like the teacher's; None: the same.
         pre_processor: See anomalib.
         post_processor: See anomalib.
         evaluator: See anomalib.
@@ -170,13 +179,13 @@ class Stfpm(DistillationRecipe, AnomalibStfpm):
         backbone: str = "resnet18",
         layers: Sequence[str] = LAYERS,
         weights: str = HUB,
-        student_backbone: str | None = None,
         optimizer: Mapping[str, Any] | None = None,
         synthetic_anomalies: float = 0.0,
         anomaly_fillings: Sequence[Filling] = FILLINGS,
         anomaly_soft_edges: float = SOFT_EDGES,
         anomaly_weight: float = ANOMALY_WEIGHT,
         specialists: str | None = None,
+        student_backbone: str | None = None,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,

@@ -17,7 +17,7 @@ CONV, TRANSPOSED, ADD, MULTIPLY, MEAN, NORM, CONSTANT, INPUT = (
     "transposed",
     "add",
     "multiply",
-    "mean",
+    "mean of all pixels",
     "norm",
     "constant",
     "input",
@@ -78,6 +78,9 @@ class Graph:
         def onwards(name: str) -> Iterable[str]:
             return () if self.kinds[name] == MEAN else self.outputs.get(name, ())
 
+        def beside_a_mean(start: str) -> set[str]:
+            return _reach(self.outputs.get(start, ()), onwards)
+
         for name, kind in self.kinds.items():
             factors = [self.inputs[name].get(port, "") for port in (0, 1)] if kind == MULTIPLY else []
             if len(factors) != 2 or not all(factor in moving for factor in factors):
@@ -85,7 +88,7 @@ class Graph:
             for gated, gate in (factors, reversed(factors)):
                 between = self.before([gate]) & self.after([gated]) - {gated}
                 # Beside a mean there may be another way, as from an encoder's features to those of its decoder.
-                if between and gate not in _reach([gated], onwards):
+                if between and gate not in beside_a_mean(gated):
                     found |= {name} | between
         return found
 

@@ -19,7 +19,6 @@ KINDS = {
     "ConvTranspose": TRANSPOSED,
     "Add": ADD,
     "Mul": MULTIPLY,
-    "ReduceMean": MEAN,
     "GlobalAveragePool": MEAN,
     "BatchNormalization": NORM,
 }
@@ -53,6 +52,8 @@ class OnnxGraph(Graph):
             owner.update(dict.fromkeys(node.output, name))
             graph.nodes[name] = node
             graph.kinds[name] = KINDS.get(node.op_type, node.op_type)
+            if node.op_type == "ReduceMean" and attribute(node, "axes") in ([2, 3], [-2, -1], [-1, -2]):
+                graph.kinds[name] = MEAN
             value = attribute(node, "value")
             if node.op_type == "Constant" and isinstance(value, TensorProto):
                 graph.arrays[name], graph.kinds[name] = numpy_helper.to_array(value), CONSTANT

@@ -15,7 +15,6 @@ KINDS = {
     "GroupConvolutionBackpropData": TRANSPOSED,
     "Add": ADD,
     "Multiply": MULTIPLY,
-    "ReduceMean": MEAN,
     "Constant": CONSTANT,
     "Parameter": INPUT,
 }
@@ -55,6 +54,8 @@ class OpenvinoGraph(Graph):
         for node in model.get_ordered_ops():
             name, kind = node.get_friendly_name(), node.get_type_name()
             graph.kinds[name] = KINDS.get(kind, kind)
+            if kind == "ReduceMean" and [*node.get_output_partial_shape(0)][2:] == [1, 1]:
+                graph.kinds[name] = MEAN
             if kind == "Constant":
                 graph.types[name] = node.get_element_type().get_type_name()
             if kind == "FakeQuantize" and (low := node.input_value(1).get_node()).get_type_name() == "Constant":
@@ -133,6 +134,14 @@ def _head(graph: OpenvinoGraph) -> list[str]:
     return [f"{name}: quantizer in the head" for name in _activations(graph) if name in head]
 
 
+def _gates(graph: OpenvinoGraph) -> list[str]:
+    """Gates stay float, what they take and their weights."""
+    gates = graph.gates()
+    taken = [name for name in _activations(graph) if gates & {name, *graph.outputs[name]}]
+    stored = [name for name in gates if graph.kinds[name] == CONV and graph.weight_type(name) == "i8"]
+    return [f"{name}: quantized in a gate" for name in sorted({*taken, *stored})]
+
+
 def _consumers(graph: OpenvinoGraph) -> list[str]:
     """Quantized activations go to convolutions and to what moves tensors about; additions and the head take floats."""
     head = graph.head()
@@ -182,6 +191,7 @@ def _coverage(graph: OpenvinoGraph, whole: bool) -> list[str]:
 RULES: dict[str, Callable[[OpenvinoGraph], list[str]]] = {
     "quantized": _quantized,
     "float head": _head,
+    "float gates": _gates,
     "consumers": _consumers,
     "residual additions in float": _residual,
     "unsigned behind ReLU": _unsigned,

@@ -36,12 +36,12 @@ KINDS = {
     "mul_": MULTIPLY,
     "__mul__": MULTIPLY,
     "__imul__": MULTIPLY,
-    "mean": MEAN,
-    "adaptive_avg_pool2d": MEAN,
     "batch_norm": NORM,
     "nncf_model_const": CONSTANT,
     "nncf_model_input": INPUT,
 }
+MEANS = {"mean", "adaptive_avg_pool2d"}
+"""Operations that are a mean over all pixels where they leave one."""
 
 
 @dataclass
@@ -64,7 +64,12 @@ class TorchGraph(Graph):
             graph.kinds[name] = KINDS.get(node.node_type, node.node_type)
             if graph.kinds[name] == CONSTANT:
                 graph.parameters[name] = node.layer_attributes.name
+            if node.node_type in MEANS and all(set(edge.tensor_shape[2:]) <= {1} for edge in traced.get_output_edges(node)):
+                graph.kinds[name] = MEAN
             for edge in traced.get_input_edges(node):
+                if node.node_type == "expand_as" and edge.input_port_id == 1:
+                    # Its shape is taken, not what is in it.
+                    continue
                 graph.connect(edge.from_node.node_name, name, edge.input_port_id)
                 if graph.kinds[name] in {CONV, TRANSPOSED} and edge.input_port_id == 0:
                     graph.channels[name] = int(edge.tensor_shape[1])

@@ -238,6 +238,12 @@ def _head(subject: Subject) -> list[str]:
     return [f"{name}: quantizer in the head" for name, node in quantizers(subject.graph) if name in head]
 
 
+def _gates(subject: Subject) -> list[str]:
+    """Gates stay float, what they take and their weights: they see one pixel."""
+    graph, gates = subject.graph, subject.graph.gates()
+    return [f"{name}: quantizer in a gate" for name, _ in quantizers(graph) if gates & {name, *graph.outputs[name]}]
+
+
 def _weights(subject: Subject) -> list[str]:
     """There is something quantized at all."""
     count = sum(node.op_type == QUANTIZE for _, node in quantizers(subject.graph))
@@ -260,6 +266,7 @@ RULES: dict[str, Callable[[Subject], list[str]]] = {
     "residual additions": _residual,
     "coverage": _coverage,
     "float head": _head,
+    "float gates": _gates,
 }
 """Every rule; what TensorRT wants is all of them."""
 

@@ -54,7 +54,6 @@ class StfpmOptions(SyntheticAnomalyOptions):
         description="The student's, where it is not the teacher's: a timm ResNet whose features have the same shapes. "
         "Squeeze-and-excitation (seresnet18 for resnet18) lets it see which product it looks at.",
     )
-
     anomaly_weight: float = Field(
         ANOMALY_WEIGHT,
         gt=0,

@@ -78,9 +78,6 @@ class Graph:
         def onwards(name: str) -> Iterable[str]:
             return () if self.kinds[name] == MEAN else self.outputs.get(name, ())
 
-        def beside_a_mean(start: str) -> set[str]:
-            return _reach(self.outputs.get(start, ()), onwards)
-
         for name, kind in self.kinds.items():
             factors = [self.inputs[name].get(port, "") for port in (0, 1)] if kind == MULTIPLY else []
             if len(factors) != 2 or not all(factor in moving for factor in factors):
@@ -88,7 +85,7 @@ class Graph:
             for gated, gate in (factors, reversed(factors)):
                 between = self.before([gate]) & self.after([gated]) - {gated}
                 # Beside a mean there may be another way, as from an encoder's features to those of its decoder.
-                if between and gate not in beside_a_mean(gated):
+                if between and gate not in _reach(self.outputs.get(gated, ()), onwards):
                     found |= {name} | between
         return found
 

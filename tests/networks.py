@@ -11,6 +11,7 @@ from anomalib.pre_processing import PreProcessor
 from torch import nn
 
 from uad_plugins.models import ReverseDistillation, Stfpm, UninformedStudents
+from uad_plugins.models.conditional import ConditionalNorm
 from uad_plugins.quantization.calibration import calibrate
 from uad_plugins.quantization.core import Core, student_parameters
 from uad_plugins.quantization.export import to_onnx
@@ -19,7 +20,7 @@ from uad_plugins.quantization.torch_quantization import quantize_core, strip
 
 SIDE = 64
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-METHODS = ("stfpm", "gated_stfpm", "reverse_distillation", "uninformed_students")
+METHODS = ("stfpm", "gated_stfpm", "conditional_stfpm", "reverse_distillation", "uninformed_students")
 
 
 def lively(model: nn.Module) -> nn.Module:
@@ -32,6 +33,9 @@ def lively(model: nn.Module) -> nn.Module:
                 module.weight.uniform_(0.5, 1.5)
                 # One factor below zero: folding has to turn the sign of a channel.
                 module.weight[0].neg_()
+        if isinstance(module, ConditionalNorm):
+            for weight in module.scale.weight, module.shift.weight:
+                nn.init.uniform_(weight, -0.5, 0.5)
     return model
 
 
@@ -65,17 +69,20 @@ def students_and_teachers(pre_processor: PreProcessor) -> UninformedStudents:
 def module(method: str) -> AnomalibModule:
     """An untrained method with lively BatchNorm; layers 1 and 2 of STFPM, two narrow scales of Uninformed Students.
 
-    The student of gated STFPM has squeeze-and-excitation. Not to be changed.
+    The student of gated STFPM has squeeze-and-excitation, that of conditional STFPM is told which of two products it sees.
+    Not to be changed.
     """
     torch.manual_seed(0)
     pre_processor = AnomalibModule.configure_pre_processor((SIDE, SIDE))
     if method == "uninformed_students":
         return students_and_teachers(pre_processor)
     cls, options = ReverseDistillation, {}
-    if method in {"stfpm", "gated_stfpm"}:
+    if method.endswith("stfpm"):
         cls, options = Stfpm, {"layers": ["layer1", "layer2"]}
     if method == "gated_stfpm":
         options["student_backbone"] = "seresnet18"
+    if method == "conditional_stfpm":
+        options |= {"conditional_norm": True, "categories": ["one", "other"]}
     built = cls(backbone="resnet18", weights="bundled", pre_processor=pre_processor, visualizer=False, **options)
     lively(built.model)
     return built.eval()

@@ -318,7 +318,7 @@ def test_a_smoothing_filter_belongs_to_the_head():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_gates_are_found_whatever_the_framework(method, tmp_path):
-    """Those of two blocks in each of two layers; of no convolution where a network has none."""
+    """Those of two blocks in each of two layers, or of each normalization; of no convolution where a network has none."""
     onnx.save(exported(method, "float"), tmp_path / "model.onnx")
     graphs = [
         TorchGraph.of(core(method), noise(1)[0]),
@@ -327,10 +327,11 @@ def test_gates_are_found_whatever_the_framework(method, tmp_path):
     ]
     for graph in graphs:
         inside = [name for name in graph.gates() if graph.kinds[name] in {CONV, TRANSPOSED}]
-        assert len(inside) == (8 if method == "gated_stfpm" else 0)
+        # Of each normalization a factor and an addend, and what recognises the product.
+        assert len(inside) == {"gated_stfpm": 8, "conditional_stfpm": 2 * 10 + 1}.get(method, 0)
         assert not set(inside) & set(graph.convolutions())
         products = [name for name in graph.gates() if graph.kinds[name] == MULTIPLY]
-        assert len(products) >= len(inside) / 2
+        assert len(products) >= len(inside) // 2
     assert len({len(graph.convolutions()) for graph in graphs}) == 1
 
 

@@ -43,6 +43,12 @@ class SyntheticAnomalyOptions(BaseModel):
         min_length=1,
         description="Folder of runs of single products, whose students teach this one; needs synthetic_anomalies.",
     )
+    conditional_norm: bool = Field(
+        False,
+        strict=True,
+        description="Whether the student knows which product it sees: the teacher's features of the whole image say it, and "
+        "that scales and shifts the student's channels (conditional batch normalization).",
+    )
 
 
 class StfpmOptions(SyntheticAnomalyOptions):

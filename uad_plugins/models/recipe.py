@@ -13,8 +13,9 @@ from anomalib.post_processing import PostProcessor
 from torch import nn, optim
 
 from uad_plugins.config import OptimizerConfig
-from uad_plugins.errors import UsageError
+from uad_plugins.errors import UadxError, UsageError
 from uad_plugins.models.backbones import CHECKPOINT, WeightsRecord
+from uad_plugins.models.conditional import OPTION, RecognisingTeacher, rows_of
 from uad_plugins.models.options import Filling
 from uad_plugins.models.specialists import Parts, Specialists
 from uad_plugins.models.synthetic_anomalies import SyntheticAnomalies
@@ -55,6 +56,8 @@ class DistillationRecipe:
         held_out_loss: float32 ``(B,)``, the method's loss of each image of the last validation batch.
         anomalies: Draws synthetic anomalies into the training images; None where the method is trained as published.
         specialists: From which the student learns in place of its teacher; None where it learns from the teacher.
+        conditional_norm: Whether the student is to know which product it sees; see ``conditional``.
+        products: Those that it tells apart; none before training, nor where there is one alone.
     """
 
     recipe: OptimizerConfig
@@ -63,6 +66,8 @@ class DistillationRecipe:
     held_out_loss: torch.Tensor | None
     anomalies: SyntheticAnomalies | None = None
     specialists: Specialists | None = None
+    conditional_norm: bool = False
+    products: Sequence[str] = ()
 
     @staticmethod
     def distil(network: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -91,6 +96,16 @@ class DistillationRecipe:
         """
 
     def training_step(self, batch: Any, batch_idx: int = 0, *args: Any, **kwargs: Any) -> Any:
+        """Return the loss of a batch; a student that is to know its products is told them, and a teacher learns to tell."""
+        teacher = self.recogniser()
+        if teacher is None:
+            return self._training_step(batch, batch_idx, *args, **kwargs)
+        products = rows_of(getattr(batch, "category", None), self.products).to(batch.image.device)
+        with teacher.told(products):
+            result = self._training_step(batch, batch_idx, *args, **kwargs)
+        return {**result, "loss": result["loss"] + teacher.loss(products)}
+
+    def _training_step(self, batch: Any, batch_idx: int, *args: Any, **kwargs: Any) -> Any:
         """Return the loss of a batch: anomalib's step, or one with synthetic anomalies."""
         if self.anomalies is None:
             return super().training_step(batch, batch_idx, *args, **kwargs)  # type: ignore[misc]
@@ -155,6 +170,29 @@ class DistillationRecipe:
             # Without a record the weights come later, with a checkpoint.
             compare = self.weights_record is not None
             self.specialists = Specialists.load(Path(specialists), self, self.parts, compare=compare)
+
+    def set_products(self, names: Sequence[str]) -> None:
+        """Have the student told which of these products it sees. Of a single one there is nothing to tell."""
+        if len(names) > 1:
+            self.products = list(names)
+            self.make_conditional(len(names))
+
+    def make_conditional(self, products: int) -> None:
+        """Put a teacher that recognises so many products, and a student that is told, in place of those of ``model``."""
+        raise NotImplementedError
+
+    def setup(self, stage: str) -> None:
+        """Learn the names of the products when training begins."""
+        super().setup(stage)  # type: ignore[misc]
+        if stage == "fit" and self.conditional_norm and not self.products:
+            names = list(getattr(getattr(self.trainer, "datamodule", None), "categories", []))  # type: ignore[attr-defined]
+            if not names:
+                raise UadxError(f"{OPTION} needs a datamodule that knows the categories", "use UnifiedDataModule")
+            self.set_products(names)
+
+    def recogniser(self) -> RecognisingTeacher | None:
+        """Return the teacher that tells products apart; None: they are not."""
+        return next((each for each in self.model.children() if isinstance(each, RecognisingTeacher)), None)
 
     def require_categories(self, categories: Iterable[str]) -> None:
         """Check, before training, that these products can be learnt.
@@ -227,6 +265,8 @@ class DistillationRecipe:
         checkpoint["hyper_parameters"]["weights"] = CHECKPOINT
         if self.specialists is not None:
             checkpoint["hyper_parameters"]["specialists"] = None
+        if self.products:
+            checkpoint["hyper_parameters"]["categories"] = list(self.products)
 
 
 def learning_rate_factor(recipe: OptimizerConfig, progress: float) -> float:

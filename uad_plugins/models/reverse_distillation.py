@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from uad_plugins.config import OptimizerConfig
 from uad_plugins.errors import UsageError
 from uad_plugins.models.backbones import CHECKPOINT, HUB, load_backbone, require_architecture
+from uad_plugins.models.conditional import RecognisingTeacher, condition, plain
 from uad_plugins.models.options import FILLINGS, SOFT_EDGES, Filling
 from uad_plugins.models.recipe import DistillationRecipe
 from uad_plugins.models.specialists import Parts, Specialists
@@ -68,6 +69,8 @@ class ReverseDistillation(DistillationRecipe, AnomalibReverseDistillation):
         anomaly_soft_edges: Share of them whose edges fade, 0..1.
         specialists: Folder of runs of single products, one or several of each, from whose decoders this one learns, what to
             make of anomalies too.
+        conditional_norm: Whether bottleneck and decoder are to know which product they see; see ``conditional``.
+        categories: Names of the products that a checkpoint tells apart; not to be given otherwise.
         pre_processor: See anomalib.
         post_processor: See anomalib.
         evaluator: See anomalib.
@@ -91,6 +94,8 @@ class ReverseDistillation(DistillationRecipe, AnomalibReverseDistillation):
         anomaly_fillings: Sequence[Filling] = FILLINGS,
         anomaly_soft_edges: float = SOFT_EDGES,
         specialists: str | None = None,
+        conditional_norm: bool = False,
+        categories: Sequence[str] = (),
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
@@ -114,18 +119,29 @@ class ReverseDistillation(DistillationRecipe, AnomalibReverseDistillation):
         if weights != CHECKPOINT:
             self.weights_record = load_backbone(self.model.encoder.feature_extractor, backbone, weights)
         self.set_recipe(optimizer, RECIPE)
-        self.model.to(memory_format=torch.channels_last)
         self.loss = AnyLayoutLoss()
+        self.conditional_norm = conditional_norm
+        self.set_products(categories)
+        self.model.to(memory_format=torch.channels_last)
         self.set_anomalies(synthetic_anomalies, anomaly_fillings, anomaly_soft_edges, specialists)
 
     def trained_parameters(self) -> Iterable[nn.Parameter]:
-        """Return the parameters of bottleneck and decoder."""
-        return chain(self.model.decoder.parameters(), self.model.bottleneck.parameters())
+        """Return the parameters of bottleneck and decoder, and those that tell products apart."""
+        recogniser = self.recogniser()
+        more = () if recogniser is None else recogniser.classifier.parameters()
+        return chain(self.model.decoder.parameters(), self.model.bottleneck.parameters(), more)
 
     @staticmethod
     def parts(network: Any) -> Parts:
         """Return the encoder, and bottleneck and decoder as one."""
-        return network.encoder, nn.Sequential(network.bottleneck, network.decoder)
+        return plain(network.encoder), nn.Sequential(network.bottleneck, network.decoder)
+
+    def make_conditional(self, products: int) -> None:
+        """See ``DistillationRecipe``."""
+        encoder = self.model.encoder
+        self.model.encoder = RecognisingTeacher(encoder, encoder.out_dims[-1], products)
+        for student in self.model.bottleneck, self.model.decoder:
+            condition(student, self.model.encoder)
 
     def loss_with_specialists(
         self, drawn: torch.Tensor, opacity: torch.Tensor, specialists: Specialists, categories: Sequence[str] | None
@@ -146,7 +162,7 @@ class ReverseDistillation(DistillationRecipe, AnomalibReverseDistillation):
         encoded, decoded = self.model(drawn)
         chosen = opacity.amax(dim=(1, 2, 3)) > 0
         if chosen.any():
-            good = self.model.encoder(images[chosen]).values()
+            good = plain(self.model.encoder)(images[chosen]).values()
             encoded = [feature.index_put((chosen,), part) for feature, part in zip(encoded, good, strict=True)]
         loss: torch.Tensor = self.loss(encoded, decoded)
         return loss

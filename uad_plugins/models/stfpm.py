@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from uad_plugins.config import OptimizerConfig
 from uad_plugins.errors import UsageError
 from uad_plugins.models.backbones import HUB, alias, backbone_weights, require_architecture
+from uad_plugins.models.conditional import RecognisingTeacher, condition, plain
 from uad_plugins.models.options import ANOMALY_WEIGHT, FILLINGS, SOFT_EDGES, Filling
 from uad_plugins.models.recipe import DistillationRecipe
 from uad_plugins.models.specialists import Parts, Specialists
@@ -164,6 +165,8 @@ class Stfpm(DistillationRecipe, AnomalibStfpm):
         specialists: Folder of runs of single products, one or several of each, from whose students this one learns, what to
             make of anomalies too.
         student_backbone: The student's, a timm ResNet whose features are shaped like the teacher's; None: the same.
+        conditional_norm: Whether the student is to know which product it sees; see ``conditional``.
+        categories: Names of the products that a checkpoint tells apart; not to be given otherwise.
         pre_processor: See anomalib.
         post_processor: See anomalib.
         evaluator: See anomalib.
@@ -186,6 +189,8 @@ class Stfpm(DistillationRecipe, AnomalibStfpm):
         anomaly_weight: float = ANOMALY_WEIGHT,
         specialists: str | None = None,
         student_backbone: str | None = None,
+        conditional_norm: bool = False,
+        categories: Sequence[str] = (),
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
@@ -206,20 +211,27 @@ class Stfpm(DistillationRecipe, AnomalibStfpm):
         self.weights_record = records[0] if records else None
         self.set_recipe(optimizer, RECIPE)
         self.model.backbone = backbone
-        self.model.to(memory_format=torch.channels_last)
         self.loss = MeanSTFPMLoss()
         self.anomaly_weight = anomaly_weight
+        self.conditional_norm = conditional_norm
+        self.set_products(categories)
+        self.model.to(memory_format=torch.channels_last)
         self.set_anomalies(synthetic_anomalies, anomaly_fillings, anomaly_soft_edges, specialists)
 
     def trained_parameters(self) -> Iterable[nn.Parameter]:
-        """Return the student's parameters."""
-        parameters: Iterable[nn.Parameter] = self.model.student_model.parameters()
-        return parameters
+        """Return the student's parameters, and those that tell products apart."""
+        return (parameter for parameter in self.model.parameters() if parameter.requires_grad)
 
     @staticmethod
     def parts(network: Any) -> Parts:
         """Return teacher and student."""
-        return network.teacher_model, network.student_model
+        return plain(network.teacher_model), network.student_model
+
+    def make_conditional(self, products: int) -> None:
+        """See ``DistillationRecipe``."""
+        teacher = self.model.teacher_model
+        self.model.teacher_model = RecognisingTeacher(teacher, teacher.out_dims[-1], products)
+        condition(self.model.student_model, self.model.teacher_model)
 
     def loss_with_anomalies(self, images: torch.Tensor, drawn: torch.Tensor, opacity: torch.Tensor) -> torch.Tensor:
         """Keep the student apart from its teacher where anomalies are drawn; see ``DistillationRecipe``."""

@@ -1,9 +1,10 @@
 """A network as a graph of operations, whatever framework it is in: where its convolutions end and its head begins.
 
 The *head* is the arithmetic of the anomaly map: every node from which no convolution of the network can be reached any
-more. A *gate* is what a tensor is multiplied by that was worked out of its mean over all pixels: squeeze-and-excitation.
-Both stay float. A filter over a single channel (the smoothing of a map) is no convolution in this sense, nor is one of a
-gate. The rules need no names, so they hold for methods that nobody has seen yet.
+more. A *gate* is what a tensor is multiplied by, and then perhaps shifted by, that was worked out of a mean over all pixels:
+squeeze-and-excitation, conditional normalization. Both stay float. A filter over a single channel (the smoothing of a map)
+is no convolution in this sense, nor is one of a gate. The rules need no names, so they hold for methods that nobody has
+seen yet.
 """
 
 from __future__ import annotations
@@ -69,24 +70,25 @@ class Graph:
         return set(self.kinds) - self.before(self.convolutions())
 
     def gates(self) -> set[str]:
-        """Return the nodes of gates: from the mean over all pixels to the multiplication by what is made of it.
+        """Return the nodes of gates: from the mean over all pixels to what applies to all of them what is made of it.
 
         Their convolutions see one pixel of each image: they cost nothing, and what they say is said of all pixels.
         """
-        moving, found = self.moving(), set()
-
-        def onwards(name: str) -> Iterable[str]:
-            return () if self.kinds[name] == MEAN else self.outputs.get(name, ())
-
-        for name, kind in self.kinds.items():
-            factors = [self.inputs[name].get(port, "") for port in (0, 1)] if kind == MULTIPLY else []
-            if len(factors) != 2 or not all(factor in moving for factor in factors):
-                continue
-            for gated, gate in (factors, reversed(factors)):
-                between = self.before([gate]) & self.after([gated]) - {gated}
-                # Beside a mean there may be another way, as from an encoder's features to those of its decoder.
-                if between and gate not in _reach(self.outputs.get(gated, ()), onwards):
-                    found |= {name} | between
+        moving = self.moving()
+        means = {name for name in moving if self.kinds[name] == MEAN}
+        # Beside a mean there may be another way, as from an encoder's features to those of its decoder.
+        inputs = [name for name, kind in self.kinds.items() if kind == INPUT]
+        by_pixel = _reach(inputs, lambda name: () if name in means else self.outputs.get(name, ()))
+        of_image = means | (moving - by_pixel)
+        found: set[str] = set()
+        for kind in (MULTIPLY, ADD):
+            for name in [each for each, its in self.kinds.items() if its == kind]:
+                operands = {self.inputs[name].get(port, "") for port in (0, 1)}
+                gate, gated = operands & of_image, (operands & moving) - of_image
+                # A shift follows a factor: what is added to anything else is a sum of its own.
+                if gate and gated and (kind == MULTIPLY or gated <= found):
+                    between = _reach(gate, lambda each: () if each in means else self.inputs.get(each, {}).values())
+                    found |= {name} | between & of_image
         return found
 
     def additions(self) -> list[tuple[str, str, str]]:
@@ -95,11 +97,12 @@ class Graph:
         A branch is named by the node that feeds the addition. The skip branch is the one with fewer convolutions of its own:
         none where it is the block's input, one where it projects to another shape.
         """
-        convolutions, head, moving = set(self.convolutions()), self.head(), self.moving()
+        convolutions, moving = set(self.convolutions()), self.moving()
+        left_out = self.head() | self.gates()
         found = []
         for name, kind in self.kinds.items():
             branches = [self.inputs[name].get(port, "") for port in (0, 1)] if kind == ADD else []
-            if name in head or len(branches) != 2 or not all(branch in moving for branch in branches):
+            if name in left_out or len(branches) != 2 or not all(branch in moving for branch in branches):
                 continue
             left, right = self.before(branches[:1]), self.before(branches[1:])
             if not (left | right) & convolutions:

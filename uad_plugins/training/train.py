@@ -99,7 +99,7 @@ def train(
         if isinstance(model, DistillationRecipe):
             model.require_categories(trained_categories(table))
             if resumes:
-                check_same_specialists(run.manifest(), model.run_record())
+                check_same_specialists(run.manifest(), _method(model))
         config = fit_trainer_arguments(config, model, given or {})
         if resumes:
             check_epochs(run, epochs_of(run.last_checkpoint, model), config.trainer.get("max_epochs"))
@@ -211,8 +211,14 @@ def _manifest(
         },
         weights=asdict(record) if record else None,
         versions=versions(),
-        method=model.run_record() if isinstance(model, DistillationRecipe) else {},
+        method=_method(model),
     )
+
+
+def _method(model: AnomalibModule) -> dict[str, Any]:
+    """Return what a model notes of its training in the run; those that note nothing have no ``run_record``."""
+    record: dict[str, Any] = model.run_record() if hasattr(model, "run_record") else {}
+    return record
 
 
 def _fit(
@@ -260,7 +266,7 @@ def _fit(
         "seconds": seen.seconds,
         "samples_seen": seen.seen,
         "processes": trainer.world_size,
-        "method": model.run_record() if hasattr(model, "run_record") else {},
+        "method": _method(model),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
 

@@ -1,0 +1,165 @@
+"""Conditional batch normalization: a student that knows which product it sees."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from anomalib.models import Stfpm as AnomalibStfpm
+from runs import small_run
+from students import SIZE, build
+from torch.nn import functional as F
+
+from uad_plugins.artifacts import Run
+from uad_plugins.errors import UadxError
+from uad_plugins.models import ReverseDistillation, Stfpm
+from uad_plugins.models.backbones import CHECKPOINT, alias, backbone_weights
+from uad_plugins.models.conditional import ConditionalNorm, rows_of
+from uad_plugins.models.torch_detector import TorchDetector
+from uad_plugins.quantization.quantize import Order, quantize
+
+METHODS = (Stfpm, ReverseDistillation)
+NAMES = ["nut", "ring", "washer"]
+
+
+def images(count=4, seed=0):
+    return torch.rand(count, 3, *SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+def norms(model):
+    return [module for module in model.modules() if isinstance(module, ConditionalNorm)]
+
+
+def loss(model, batch, products):
+    teacher = model.recogniser()
+    with teacher.told(products):
+        apart = model.loss_with_anomalies(batch, batch, torch.zeros_like(batch[:, :1]))
+    return apart + teacher.loss(products)
+
+
+@pytest.mark.parametrize("cls", METHODS)
+def test_untrained_it_is_the_usual_network(cls):
+    usual, ours = (build(cls, **options).eval() for options in ({}, {"conditional_norm": True, "categories": NAMES}))
+    assert len(norms(ours)) == sum(isinstance(m, torch.nn.BatchNorm2d) for m in usual.parts(usual.model)[1].modules())
+    with torch.no_grad():
+        assert torch.allclose(usual.model(images()).anomaly_map, ours.model(images()).anomaly_map, atol=1e-5)
+
+
+@pytest.mark.parametrize("cls", METHODS)
+def test_each_image_gets_the_scale_and_shift_of_its_product(cls):
+    """What another image of the batch shows makes no difference, nor what is recognised while the product is known."""
+    model = build(cls, conditional_norm=True, categories=NAMES).eval()
+    for norm in norms(model):
+        for weight in norm.scale.weight, norm.shift.weight:
+            torch.nn.init.normal_(weight, std=0.3)
+    teacher, batch = model.recogniser(), images(1).expand(3, -1, -1, -1)
+
+    def maps(products):
+        with torch.no_grad(), teacher.told(torch.tensor(products)):
+            return model.distil(model.model, batch)[1]
+
+    one, other = maps([0, 1, 2]), maps([2, 1, 0])
+    assert torch.allclose(one, other.flip(0), atol=1e-5)
+    assert (one[0] - one[1]).abs().max() > 1e-3
+    norm, features = norms(model)[0], torch.randn(3, norms(model)[0].norm.num_features, 4, 4)
+    with teacher.told(torch.tensor([2, 0, 0])), torch.no_grad():
+        teacher(batch)
+        scale, shift = (each.weight[:, [2, 0, 0], 0, 0].T[..., None, None] for each in (norm.scale, norm.shift))
+        assert torch.allclose(norm(features), norm.norm(features) * (1 + scale) + shift, atol=1e-6)
+
+
+@pytest.mark.parametrize("cls", METHODS)
+def test_it_learns_to_tell_products_apart_and_trains_nothing_of_the_teacher(cls):
+    model = build(cls, conditional_norm=True, categories=NAMES).train()
+    products = torch.tensor([0, 1, 2, 0])
+    loss(model, images(), products).backward()
+    teacher = model.recogniser()
+    assert {id(p) for p in model.trained_parameters()} >= {id(p) for p in teacher.classifier.parameters()}
+    assert sum(norm.scale.weight.grad is not None for norm in norms(model)) >= len(norms(model)) - 1
+    assert all(p.grad is None for p in teacher.teacher.parameters())
+    # The gradient of the classifier is that of the cross entropy alone.
+    pooled = F.normalize(list(teacher.teacher(images()).values())[-1].mean(dim=(2, 3)))
+    logits = F.linear(pooled, teacher.classifier.weight.flatten(1), teacher.classifier.bias)
+    (expected,) = torch.autograd.grad(F.cross_entropy(logits, products), teacher.classifier.weight)
+    assert torch.allclose(teacher.classifier.weight.grad, expected, atol=1e-5)
+
+
+def test_a_copy_made_in_the_middle_of_a_training_works_by_itself():
+    model = build(Stfpm, conditional_norm=True, categories=NAMES).train()
+    loss(model, images(), torch.tensor([0, 1, 2, 0]))
+    copy = deepcopy(model).eval()
+    assert {id(norm.recognised) for norm in norms(copy)} == {id(copy.recogniser().recognised)}
+    assert copy.recogniser().recognised is not model.recogniser().recognised
+    assert copy.model(images(2)).anomaly_map.shape == (2, 1, *SIZE)
+
+
+def test_products_that_are_not_known_are_refused():
+    assert rows_of(["ring", "nut"], NAMES).tolist() == [1, 0]
+    with pytest.raises(UadxError, match="the model does not know 'board'"):
+        rows_of(["board", "nut"], NAMES)
+    with pytest.raises(UadxError, match="does not say which products"):
+        rows_of(None, NAMES)
+
+
+@pytest.mark.parametrize("name", ["stfpm", "reverse_distillation"])
+def test_one_product_is_trained_as_usual(name, products, tmp_path):
+    over = {"data": {"categories": ["washer"]}, "trainer": {"max_epochs": 1}}
+    model = {"name": name, "options": {"conditional_norm": True, "synthetic_anomalies": 0.5}}
+    small_run(products, tmp_path / "run", {"model": model, **over})
+    trained = TorchDetector.load(Run(tmp_path / "run")).model
+    assert not norms(trained)
+    assert trained.recogniser() is None
+
+
+@pytest.fixture(scope="module")
+def run(products, tmp_path_factory):
+    options = {"conditional_norm": True, "synthetic_anomalies": 0.8}
+    folder = tmp_path_factory.mktemp("conditional") / "run"
+    small_run(products, folder, {"model": {"options": options}, "trainer": {"max_epochs": 4}})
+    return folder
+
+
+def test_it_is_trained_and_loaded_as_it_was(run):
+    model = TorchDetector.load(Run(run)).model
+    assert sorted(model.products) == sorted(Run(run).manifest().categories)
+    saved = torch.load(run / "model.ckpt", map_location="cpu", weights_only=False)["state_dict"]
+    for name, value in model.model.state_dict().items():
+        assert torch.equal(value, saved[f"model.{name}"])
+    assert all(norm.scale.weight.abs().max() > 0 and norm.shift.weight.abs().max() > 0 for norm in norms(model))
+    with backbone_weights(CHECKPOINT), pytest.raises(RuntimeError, match="teacher_model"):
+        AnomalibStfpm.load_from_checkpoint(run / "model.ckpt", map_location="cpu", backbone=alias("resnet18"))
+
+
+def test_it_is_resumed(products, tmp_path):
+    over = {"model": {"options": {"conditional_norm": True}}, "trainer": {"max_epochs": 1}}
+    small_run(products, tmp_path / "run", over)
+    start = TorchDetector.load(Run(tmp_path / "run")).model.model.state_dict()
+    metrics = small_run(products, tmp_path / "run", over, given={"trainer": {"max_epochs": 2}}, resume=True)
+    assert metrics["epochs"] == 2
+    assert TorchDetector.load(Run(tmp_path / "run")).model.model.state_dict().keys() == start.keys()
+
+
+def test_it_is_taught_by_specialists_and_is_none(run, products, tmp_path):
+    options = {"synthetic_anomalies": 0.8, "conditional_norm": True}
+    categories = Run(run).manifest().categories
+    for name in categories:
+        over = {"data": {"categories": [name]}, "trainer": {"max_epochs": 1}}
+        small_run(products, tmp_path / "specialists" / name, {"model": {"options": options}, **over})
+    taught = options | {"specialists": str(tmp_path / "specialists")}
+    small_run(products, tmp_path / "run", {"model": {"options": taught}, "trainer": {"max_epochs": 1}})
+    assert len(norms(TorchDetector.load(Run(tmp_path / "run")).model)) == 15
+    wrong = options | {"specialists": str(run.parent)}
+    with pytest.raises(UadxError, match="tells several products apart"):
+        small_run(products, tmp_path / "wrong", {"model": {"options": wrong}, "trainer": {"max_epochs": 1}})
+
+
+@pytest.mark.parametrize(
+    ("backend", "options"),
+    [("openvino-int8", {}), ("tensorrt-int8", {}), ("nncf-qat", {"epochs": 1, "accelerator": "cpu"})],
+)
+def test_it_is_quantized(backend, options, run, products, tmp_path):
+    manifest = quantize(Order(run, tmp_path / "q", backend, samples=12, data=str(products), options=options))
+    assert manifest.agreement
+    for agreement in manifest.agreement.values():
+        assert agreement["map_l2"] < 0.15
+        assert agreement["map_rank"] > 0.9
+    assert manifest.auroc["mean"]["image_auroc"]["drop"] < 0.1

@@ -222,6 +222,23 @@ def test_several_of_one_product_with_the_same_images_held_out(washer, products, 
     assert record == {"washer": [run.manifest().checkpoint_sha256 for run in runs]}
 
 
+@pytest.mark.parametrize(
+    ("seed", "moved", "expected"),
+    [(0, False, 0), (1, False, 1), (1, True, 0)],
+    ids=["the same images held out", "others", "of other data"],
+)
+def test_images_that_they_were_trained_on_and_that_are_held_out_now(seed, moved, expected, washer, products, tmp_path):
+    folder, lines = shutil.copytree(washer, tmp_path / "folder"), []
+    if moved:
+        (folder / "washer" / "split.json").write_text('{"val": ["elsewhere/train/good/001.png"]}')
+    over = taught_by(folder, data={"categories": ["washer"], "split_seed": seed})
+    small_run(products, tmp_path / "run", over, tell=lines.append)
+    seen = Run(tmp_path / "run").held_out() - Run(washer / "washer").held_out()
+    assert bool(seen) == (seed == 1)
+    assert len(lines) == expected
+    assert all(f"trained on {len(seen)} of the images that are held out here" in line for line in lines)
+
+
 def test_a_killed_training_goes_on_with_them(washer, products, tmp_path, monkeypatch):
     over = taught_by(washer, data={"categories": ["washer"]}, trainer={"max_epochs": 2})
     small_run(products, tmp_path / "unbroken", over)

@@ -7,7 +7,7 @@ their mean.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -31,16 +31,21 @@ class Specialists:
     Args:
         students: By product, one or several. They are frozen.
         origins: SHA-256 of the checkpoint of each.
+        held_out: What each was not trained on, relative to the data; None: it does not say.
     """
 
     def __init__(
-        self, students: Mapping[str, Sequence[nn.Module]], origins: Mapping[str, Sequence[str]] | None = None
+        self,
+        students: Mapping[str, Sequence[nn.Module]],
+        origins: Mapping[str, Sequence[str]] | None = None,
+        held_out: Mapping[str, Sequence[Set[str] | None]] | None = None,
     ) -> None:
         self.students = {
             name: [student.eval().requires_grad_(False).to(memory_format=torch.channels_last) for student in several]
             for name, several in students.items()
         }
         self.origins = {name: list(several) for name, several in (origins or {}).items()}
+        self.held_out = {name: list(several) for name, several in (held_out or {}).items()}
         self._place: tuple[torch.device, torch.dtype, torch.dtype] | None = None
 
     @classmethod
@@ -61,6 +66,7 @@ class Specialists:
             raise UadxError(f"model.options.specialists: {folder}: no such folder", HOW)
         students: dict[str, list[nn.Module]] = {}
         origins: dict[str, list[str]] = {}
+        held_out: dict[str, list[Set[str] | None]] = {}
         places: dict[str, Path] = {}
         for place in sorted(path.parent for path in folder.glob(f"[!.]*/{MANIFEST}")):
             run, network = Run(place), _network(place, model, parts, compare=compare)
@@ -74,9 +80,10 @@ class Specialists:
             for category in run.manifest().categories:
                 students.setdefault(category, []).append(parts(network)[1])
                 origins.setdefault(category, []).append(origin)
+                held_out.setdefault(category, []).append(run.held_out())
         if not students:
             raise UadxError(f"model.options.specialists: {folder}: there is no run in it", HOW)
-        return cls(students, origins)
+        return cls(students, origins, held_out)
 
     def require(self, categories: Iterable[str]) -> None:
         """Check that each product has one.
@@ -87,6 +94,17 @@ class Specialists:
         missing = sorted(set(categories) - self.students.keys())
         if missing:
             raise UadxError(f"model.options.specialists: there is none for {', '.join(map(repr, missing))}", HOW)
+
+    def have_seen(self, category: str, held_out: Set[str], others: Set[str]) -> Set[str]:
+        """Return which of a product's held-out images a specialist was trained on.
+
+        Args:
+            category: The product.
+            held_out: Images held out now, relative to the data.
+            others: All other images of good parts: where a specialist held out none of either, it was trained on other data.
+        """
+        theirs = [each for each in self.held_out.get(category, ()) if each and each & (held_out | others)]
+        return set().union(*(held_out - each for each in theirs))
 
     def teach(
         self,

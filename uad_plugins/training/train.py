@@ -21,6 +21,7 @@ from uad_plugins.errors import UadxError
 from uad_plugins.evaluation.thresholds import BEST_F1, thresholds_from_samples
 from uad_plugins.models.backbones import CHECKPOINT
 from uad_plugins.models.recipe import DistillationRecipe
+from uad_plugins.models.specialists import Specialists
 from uad_plugins.models.torch_detector import TorchDetector
 from uad_plugins.progress import Progress
 from uad_plugins.training.arguments import check_trainer_arguments, fit_trainer_arguments
@@ -68,7 +69,7 @@ def train(
         overwrite: Replace what is there.
         interactive: Show a progress bar; None decides by the terminal.
         verifying: Called while the images are verified.
-        tell: Called with a line about images that are left out.
+        tell: Called with a line about images that are left out, or that specialists have seen.
 
     Returns:
         The content of ``metrics.json``; None in the helper processes of a training on several devices.
@@ -98,6 +99,8 @@ def train(
         model = model_plugin(config.model.name).build(_from_checkpoint(config) if resumes else config)
         if isinstance(model, DistillationRecipe):
             model.require_categories(trained_categories(table))
+            if model.specialists is not None and tell is not None:
+                _tell_what_specialists_saw(model.specialists, table, tell)
             if resumes:
                 check_same_specialists(run.manifest(), _method(model))
         config = fit_trainer_arguments(config, model, given or {})
@@ -146,6 +149,19 @@ def check_thresholds(config: TrainConfig, table: SampleTable) -> None:
         raise UadxError(
             "thresholds.method best-f1 needs defective images in the validation split",
             "mark some 'val' in an index file, or use normal-fpr and set thresholds later with 'uadx thresholds'",
+        )
+
+
+def _tell_what_specialists_saw(specialists: Specialists, table: SampleTable, tell: Callable[[str], None]) -> None:
+    seen = 0
+    for category in trained_categories(table):
+        of_product = {split: table.where(split=split, category=category, label=NORMAL) for split in ("train", "val")}
+        training, held_out = ({table.relative(int(row)) for row in rows} for rows in of_product.values())
+        seen += len(specialists.have_seen(category, held_out, training))
+    if seen:
+        tell(
+            f"note: the specialists were trained on {seen} of the images that are held out here, which are to tell how well "
+            "their student does on new ones; train all with the same data.split_seed and data.val_fraction"
         )
 
 

@@ -236,7 +236,7 @@ def test_images_that_they_were_trained_on_and_that_are_held_out_now(seed, moved,
     seen = Run(tmp_path / "run").held_out() - Run(washer / "washer").held_out()
     assert bool(seen) == (seed == 1)
     assert len(lines) == expected
-    assert all(f"trained on {len(seen)} of the images that are held out here" in line for line in lines)
+    assert all(f"trained on {len(seen)} of the images held out here" in line for line in lines)
 
 
 def test_a_killed_training_goes_on_with_them(washer, products, tmp_path, monkeypatch):

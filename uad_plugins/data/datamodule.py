@@ -22,7 +22,7 @@ from uad_plugins.data.batches import UnifiedBatch, UnifiedItem
 from uad_plugins.data.check import require_readable
 from uad_plugins.data.layouts import scan
 from uad_plugins.data.pixel_cache import PixelCache
-from uad_plugins.data.samples import NORMAL, SampleTable, hold_out, require_parts
+from uad_plugins.data.samples import NORMAL, SampleTable, hold_out, require_parts, trained_categories
 from uad_plugins.data.sampling import NATURAL, CategorySampler, GroupedBatchSampler, ShareSampler
 from uad_plugins.errors import UadxError
 from uad_plugins.imaging import RgbImage, read_mask, read_rgb, resize_mask, resize_rgb
@@ -318,6 +318,11 @@ class UnifiedDataModule(AnomalibDataModule):
     def categories(self) -> list[str]:
         """Sorted names of the categories, after ``setup``."""
         return self.table.categories
+
+    @property
+    def trained_categories(self) -> list[str]:
+        """Sorted names of those that have training images, after ``setup``."""
+        return trained_categories(self.table)
 
     def _loader(self, dataset: UnifiedDataset, **options: Any) -> DataLoader[UnifiedBatch]:
         return DataLoader(

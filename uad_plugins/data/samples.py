@@ -206,6 +206,11 @@ def hold_out(table: SampleTable, fraction: float, seed: int) -> SampleTable:
     )
 
 
+def trained_categories(table: SampleTable) -> list[str]:
+    """Return the categories that have training images."""
+    return [category for category in table.categories if len(table.where(split="train", category=category))]
+
+
 def held_out_of(table: SampleTable) -> set[str]:
     """Return the relative paths of the normal images that are held out from training."""
     return {table.relative(int(index)) for index in table.where(split="val", label=NORMAL)}

@@ -7,11 +7,13 @@ scales and shifts each channel of the student: all else that it has learnt is sh
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch import nn
 from torch.nn import functional as F
 
@@ -25,41 +27,43 @@ class Recognised:
 
     Attributes:
         known: int64 ``(B,)``, while that is known; None: it is recognised.
-        logits: float ``(B, P, 1, 1)``, of the last batch.
-        products: Probabilities, float ``(B, P, 1, 1)``: of the last batch.
+        products: Probabilities, float ``(B, P, 1, 1)``, of the last batch.
     """
 
     def __init__(self) -> None:
         self.known: torch.Tensor | None = None
-        self.logits: torch.Tensor | None = None
         self.products: torch.Tensor | None = None
 
     def __getstate__(self) -> dict[str, None]:
-        """Leave the batch behind: its tensors are of no use to a copy, and those with a gradient cannot be copied."""
+        """Leave the batch behind: its tensors are of no use to a copy."""
         return dict.fromkeys(vars(self))
 
 
 class RecognisingTeacher(nn.Module):
     """A teacher, and what its features say of the product. To be called before its student.
 
+    Products are told apart by linear discriminant analysis of the means of its layers over the image: what varies from part
+    to part counts for little, and what anomalies change too, where it learns from images that have some.
+
     Args:
         teacher: Returns features ``(B, C, h, w)`` by layer.
-        channels: Of the last of its layers.
-        products: How many are told apart.
+        channels: Of all its layers.
+        products: How many are told apart; all are alike until ``learn``.
     """
 
     def __init__(self, teacher: nn.Module, channels: int, products: int) -> None:
         super().__init__()
         self.teacher = teacher
-        self.classifier = nn.Conv2d(channels, products, 1)
+        self.classifier = nn.Conv2d(channels, products, 1).requires_grad_(False)
         self.recognised = Recognised()
+        for parameter in self.classifier.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the teacher's features, and have the products recognised."""
         features: dict[str, torch.Tensor] = self.teacher(images)
-        last = list(features.values())[-1]
-        seen, logits = self.recognised, self.classifier(F.normalize(last.mean(dim=(2, 3), keepdim=True)))
-        seen.logits, seen.products = logits, logits.detach().softmax(dim=1)
+        seen, logits = self.recognised, self.classifier(_means(features))
+        seen.products = logits.softmax(dim=1)
         if seen.known is not None:
             seen.products = F.one_hot(seen.known, logits.shape[1]).to(logits)[..., None, None]
         return features
@@ -73,10 +77,44 @@ class RecognisingTeacher(nn.Module):
         finally:
             self.recognised.known = None
 
-    def loss(self, products: torch.Tensor) -> torch.Tensor:
-        """Return the scalar cross entropy of what was recognised in the last batch, which shows products int64 ``(B,)``."""
-        assert self.recognised.logits is not None
-        return F.cross_entropy(self.recognised.logits.flatten(1).float(), products)
+    @property
+    def has_learnt(self) -> bool:
+        """Whether products are told apart by now."""
+        return bool(self.classifier.weight.any())
+
+    def learn(self, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Learn to tell products apart, from images of all processes.
+
+        Args:
+            batches: Images, float32 ``(B, 3, H, W)``, normalised, and their products, int64 ``(B,)``.
+
+        Raises:
+            UadxError: There is no image of a product.
+        """
+        with torch.no_grad():
+            found = [(_means(self.teacher(images)).flatten(1).float().cpu(), products.cpu()) for images, products in batches]
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            shares: list[Any] = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(shares, found)
+            found = [batch for share in shares for batch in share]
+        features, products = (torch.cat(column) for column in zip(*found, strict=True))
+        count = self.classifier.out_channels
+        if len(products.unique()) < count:
+            raise UadxError(f"{OPTION}: there is a product without a training image", "leave it out with data.categories")
+        # Each as likely as any other, however many images of it there are.
+        analysis = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto", priors=[1 / count] * count)
+        analysis.fit(features.double().numpy(), products.numpy())
+        weight, bias = torch.from_numpy(analysis.coef_), torch.from_numpy(analysis.intercept_)
+        if count == 2:
+            # Of two products one row says which.
+            weight, bias = (torch.cat([-each / 2, each / 2]) for each in (weight, bias))
+        self.classifier.weight.copy_(weight[..., None, None])
+        assert self.classifier.bias is not None
+        self.classifier.bias.copy_(bias)
+
+
+def _means(features: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([feature.mean(dim=(2, 3), keepdim=True) for feature in features.values()], dim=1)
 
 
 class ConditionalNorm(nn.Module):
@@ -128,5 +166,7 @@ def rows_of(categories: Sequence[str] | None, known: Sequence[str]) -> torch.Ten
         raise UadxError(f"{OPTION}: the batch does not say which products it shows", "use UnifiedDataModule")
     unknown = sorted(set(categories) - set(known))
     if unknown:
-        raise UadxError(f"{OPTION}: the model does not know {', '.join(map(repr, unknown))}", "train it on them too")
+        raise UadxError(
+            f"{OPTION}: the model does not know {', '.join(map(repr, unknown))}", "train a new model on all of them"
+        )
     return torch.tensor([list(known).index(name) for name in categories])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from uad_plugins.errors import UadxError, UsageError
 from uad_plugins.models.backbones import CHECKPOINT, WeightsRecord
 from uad_plugins.models.conditional import OPTION, RecognisingTeacher, rows_of
 from uad_plugins.models.options import Filling
+from uad_plugins.models.passes import batches
 from uad_plugins.models.specialists import Parts, Specialists
 from uad_plugins.models.synthetic_anomalies import SyntheticAnomalies
 
@@ -96,14 +97,12 @@ class DistillationRecipe:
         """
 
     def training_step(self, batch: Any, batch_idx: int = 0, *args: Any, **kwargs: Any) -> Any:
-        """Return the loss of a batch; a student that is to know its products is told them, and a teacher learns to tell."""
+        """Return the loss of a batch, whose products are told to a student that is to know them."""
         teacher = self.recogniser()
         if teacher is None:
             return self._training_step(batch, batch_idx, *args, **kwargs)
-        products = rows_of(getattr(batch, "category", None), self.products).to(batch.image.device)
-        with teacher.told(products):
-            result = self._training_step(batch, batch_idx, *args, **kwargs)
-        return {**result, "loss": result["loss"] + teacher.loss(products)}
+        with teacher.told(self._products_of(batch)):
+            return self._training_step(batch, batch_idx, *args, **kwargs)
 
     def _training_step(self, batch: Any, batch_idx: int, *args: Any, **kwargs: Any) -> Any:
         """Return the loss of a batch: anomalib's step, or one with synthetic anomalies."""
@@ -185,14 +184,36 @@ class DistillationRecipe:
         """Learn the names of the products when training begins."""
         super().setup(stage)  # type: ignore[misc]
         if stage == "fit" and self.conditional_norm and not self.products:
-            names = list(getattr(getattr(self.trainer, "datamodule", None), "categories", []))  # type: ignore[attr-defined]
+            names = getattr(getattr(self.trainer, "datamodule", None), "trained_categories", [])  # type: ignore[attr-defined]
             if not names:
-                raise UadxError(f"{OPTION} needs a datamodule that knows the categories", "use UnifiedDataModule")
+                raise UadxError(f"{OPTION} needs a datamodule that knows the products", "use UnifiedDataModule")
             self.set_products(names)
+
+    def on_fit_start(self) -> None:
+        """Learn to tell the products apart, from each training image once; what a checkpoint has brought is kept."""
+        super().on_fit_start()  # type: ignore[misc]
+        teacher, module = self.recogniser(), cast(Any, self)
+        if teacher is None or (module.trainer.ckpt_path and teacher.has_learnt):
+            return
+        # Lightning sets the loaders up after this hook, unless a schedule has asked for the number of steps before.
+        module.trainer.fit_loop.setup_data()
+        teacher.learn(self._shown(batches(module.trainer.train_dataloader)))
+
+    def _shown(self, found: Iterable[Any]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield the images of batches as the network is shown them, with anomalies, and their products."""
+        module: Any = self
+        for number, batch in enumerate(found):
+            images = batch.image.to(module.device)
+            images = images if module.pre_processor is None else module.pre_processor(images)
+            images = images if self.anomalies is None else self.with_anomalies(images, number)[0]
+            yield images, self._products_of(batch).to(module.device)
+
+    def _products_of(self, batch: Any) -> torch.Tensor:
+        return rows_of(getattr(batch, "category", None), self.products).to(batch.image.device)
 
     def recogniser(self) -> RecognisingTeacher | None:
         """Return the teacher that tells products apart; None: they are not."""
-        return next((each for each in self.model.children() if isinstance(each, RecognisingTeacher)), None)
+        return next((each for each in self.model.modules() if isinstance(each, RecognisingTeacher)), None)
 
     def require_categories(self, categories: Iterable[str]) -> None:
         """Check, before training, that these products can be learnt.
@@ -224,6 +245,12 @@ class DistillationRecipe:
         """Predict, and note the loss of each image in ``held_out_loss``."""
         del args, kwargs
         self.held_out_loss, anomaly_map = self.distil(self.model, batch.image)
+        teacher, names = self.recogniser(), getattr(batch, "category", None)
+        if teacher is not None and teacher.recognised.products is not None and names:
+            found = [self.products[row] for row in teacher.recognised.products.flatten(1).argmax(dim=1).tolist()]
+            share = sum(mine == name for mine, name in zip(found, names, strict=True)) / len(names)
+            module: Any = self
+            module.log("val_recognised", share, on_epoch=True, sync_dist=True, batch_size=len(names))
         return batch.update(pred_score=anomaly_map.amax(dim=(-2, -1)), anomaly_map=anomaly_map)
 
     def configure_post_processor(self) -> PostProcessor:
@@ -258,6 +285,12 @@ class DistillationRecipe:
         steps = max(1, int(self.trainer.estimated_stepping_batches))  # type: ignore[attr-defined]
         scheduler = optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(recipe, step / steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Build the network of a checkpoint that tells products apart, where this one does not yet."""
+        super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
+        if self.conditional_norm and not self.products:
+            self.set_products(checkpoint["hyper_parameters"].get("categories") or ())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note in the checkpoint that it brings the teacher's weights and needs no specialists: loading fetches nothing."""

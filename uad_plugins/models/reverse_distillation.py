@@ -126,10 +126,8 @@ class ReverseDistillation(DistillationRecipe, AnomalibReverseDistillation):
         self.set_anomalies(synthetic_anomalies, anomaly_fillings, anomaly_soft_edges, specialists)
 
     def trained_parameters(self) -> Iterable[nn.Parameter]:
-        """Return the parameters of bottleneck and decoder, and those that tell products apart."""
-        recogniser = self.recogniser()
-        more = () if recogniser is None else recogniser.classifier.parameters()
-        return chain(self.model.decoder.parameters(), self.model.bottleneck.parameters(), more)
+        """Return the parameters of bottleneck and decoder."""
+        return chain(self.model.decoder.parameters(), self.model.bottleneck.parameters())
 
     @staticmethod
     def parts(network: Any) -> Parts:
@@ -139,7 +137,7 @@ class ReverseDistillation(DistillationRecipe, AnomalibReverseDistillation):
     def make_conditional(self, products: int) -> None:
         """See ``DistillationRecipe``."""
         encoder = self.model.encoder
-        self.model.encoder = RecognisingTeacher(encoder, encoder.out_dims[-1], products)
+        self.model.encoder = RecognisingTeacher(encoder, sum(encoder.out_dims), products)
         for student in self.model.bottleneck, self.model.decoder:
             condition(student, self.model.encoder)
 

@@ -168,10 +168,13 @@ def _network(place: Path, model: Any, parts: Callable[[Any], Parts], *, compare:
         wrong = f"has {_layers(other)}"
     elif model.input_size is not None and tuple(model.input_size) != detector.image_size:
         wrong = f"was trained at {'x'.join(map(str, detector.image_size))} pixels"
-    elif other.products:
-        wrong = "tells several products apart (conditional_norm)"
     elif compare and not _same(parts(other.model)[0], parts(model.model)[0]):
         wrong = "has a teacher with other weights"
+    if other.products:
+        raise UadxError(
+            f"model.options.specialists: {place} is told its products by its own teacher, and cannot teach another",
+            "train one on each product, or without model.options.conditional_norm",
+        )
     if wrong:
         raise UadxError(f"model.options.specialists: {place} {wrong}, unlike the model that is to be trained", HOW)
     return other.model

@@ -150,7 +150,7 @@ class Stfpm(DistillationRecipe, AnomalibStfpm):
     """STFPM for the unified setting.
 
     Differs from anomalib's class in what surrounds the network, not in the network: checkpoints of the two load into each
-    other, but for those with a ``student_backbone``.
+    other, but for those with a ``student_backbone`` or ``conditional_norm``.
 
     Args:
         backbone: Any timm ResNet.
@@ -219,8 +219,9 @@ class Stfpm(DistillationRecipe, AnomalibStfpm):
         self.set_anomalies(synthetic_anomalies, anomaly_fillings, anomaly_soft_edges, specialists)
 
     def trained_parameters(self) -> Iterable[nn.Parameter]:
-        """Return the student's parameters, and those that tell products apart."""
-        return (parameter for parameter in self.model.parameters() if parameter.requires_grad)
+        """Return the student's parameters."""
+        parameters: Iterable[nn.Parameter] = self.model.student_model.parameters()
+        return parameters
 
     @staticmethod
     def parts(network: Any) -> Parts:
@@ -230,7 +231,7 @@ class Stfpm(DistillationRecipe, AnomalibStfpm):
     def make_conditional(self, products: int) -> None:
         """See ``DistillationRecipe``."""
         teacher = self.model.teacher_model
-        self.model.teacher_model = RecognisingTeacher(teacher, teacher.out_dims[-1], products)
+        self.model.teacher_model = RecognisingTeacher(teacher, sum(teacher.out_dims), products)
         condition(self.model.student_model, self.model.teacher_model)
 
     def loss_with_anomalies(self, images: torch.Tensor, drawn: torch.Tensor, opacity: torch.Tensor) -> torch.Tensor:

@@ -72,7 +72,8 @@ class Graph:
     def gates(self) -> set[str]:
         """Return the nodes of gates: from the mean over all pixels to what applies to all of them what is made of it.
 
-        Their convolutions see one pixel of each image: they cost nothing, and what they say is said of all pixels.
+        Their convolutions are taken to see one pixel of each image: they cost nothing, and what they say is said of all
+        pixels. A decoder that began with such a mean would be taken for a gate as well.
         """
         moving = self.moving()
         means = {name for name in moving if self.kinds[name] == MEAN}
@@ -82,7 +83,7 @@ class Graph:
         of_image = means | (moving - by_pixel)
         found: set[str] = set()
         for kind in (MULTIPLY, ADD):
-            for name in [each for each, its in self.kinds.items() if its == kind]:
+            for name in (each for each, its in self.kinds.items() if its == kind):
                 operands = {self.inputs[name].get(port, "") for port in (0, 1)}
                 gate, gated = operands & of_image, (operands & moving) - of_image
                 # A shift follows a factor: what is added to anything else is a sum of its own.

@@ -16,7 +16,15 @@ from uad_plugins.artifacts import MANIFEST, Run, RunManifest, sha256_of, version
 from uad_plugins.config import TrainConfig, model_plugin, ratio_scale
 from uad_plugins.data.datamodule import UnifiedDataModule
 from uad_plugins.data.pixel_cache import PixelCache
-from uad_plugins.data.samples import ANOMALOUS, NORMAL, SPLITS, SampleTable, held_out_of, hold_out_as_before
+from uad_plugins.data.samples import (
+    ANOMALOUS,
+    NORMAL,
+    SPLITS,
+    SampleTable,
+    held_out_of,
+    hold_out_as_before,
+    trained_categories,
+)
 from uad_plugins.errors import UadxError
 from uad_plugins.evaluation.thresholds import BEST_F1, thresholds_from_samples
 from uad_plugins.models.backbones import CHECKPOINT
@@ -99,8 +107,6 @@ def train(
         model = model_plugin(config.model.name).build(_from_checkpoint(config) if resumes else config)
         if isinstance(model, DistillationRecipe):
             model.require_categories(trained_categories(table))
-            if model.specialists is not None and tell is not None:
-                _tell_what_specialists_saw(model.specialists, table, tell)
             if resumes:
                 check_same_specialists(run.manifest(), _method(model))
         config = fit_trainer_arguments(config, model, given or {})
@@ -117,6 +123,8 @@ def train(
             if main_process():
                 if module.skipped and tell is not None:
                     tell(f"note: images left out that cannot be read: {len(module.skipped)}, see {run.skipped_file}")
+                if tell is not None and isinstance(model, DistillationRecipe) and model.specialists is not None:
+                    _tell_what_specialists_saw(model.specialists, module.table, tell)
                 if resuming:
                     manifest.weights = run.manifest().weights
                 write_start(run, config, manifest, module.table, module.skipped, fresh=not resuming)
@@ -160,14 +168,9 @@ def _tell_what_specialists_saw(specialists: Specialists, table: SampleTable, tel
         seen += len(specialists.have_seen(category, held_out, training))
     if seen:
         tell(
-            f"note: the specialists were trained on {seen} of the images that are held out here, which are to tell how well "
+            f"note: specialists may have been trained on {seen} of the images held out here, which are to tell how well "
             "their student does on new ones; train all with the same data.split_seed and data.val_fraction"
         )
-
-
-def trained_categories(table: SampleTable) -> list[str]:
-    """Return the categories that have training images."""
-    return [category for category in table.categories if len(table.where(split="train", category=category))]
 
 
 def pixel_cache(path: Path, config: TrainConfig, table: SampleTable) -> PixelCache | None:

@@ -18,11 +18,11 @@ from torch import nn
 from uad_plugins.config import OptimizerConfig
 from uad_plugins.errors import UadxError
 from uad_plugins.models.backbones import BUNDLED, BUNDLED_ARCHITECTURE, CHECKPOINT, HUB, require_architecture
+from uad_plugins.models.passes import batches, flattened
 from uad_plugins.models.recipe import DistillationRecipe, Observe
 from uad_plugins.models.uninformed_students.grids import grid_of_step
 from uad_plugins.models.uninformed_students.networks import DIMENSIONS, PatchNetwork, patch_networks
 from uad_plugins.models.uninformed_students.options import BY_CATEGORY, GLOBAL, UninformedStudentsOptions
-from uad_plugins.models.uninformed_students.passes import batches, flattened
 from uad_plugins.models.uninformed_students.teachers import (
     PretrainedFeature,
     TeacherRecord,

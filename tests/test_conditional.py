@@ -103,6 +103,9 @@ def test_products_are_told_apart_by_what_the_teacher_sees(count):
     assert found.shape == (len(products), count)
     assert torch.allclose(found.sum(dim=1), torch.ones(len(products)))
     assert (found[range(len(products)), products] > 0.9).all()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        teacher(parts(products, 9))
+    assert torch.allclose(teacher.recognised.products.flatten(1).float(), found, atol=0.1)
     with pytest.raises(UadxError, match="a product without a training image"):
         teacher.learn([(parts(products[:1], 0), products[:1])])
 

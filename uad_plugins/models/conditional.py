@@ -55,14 +55,18 @@ class RecognisingTeacher(nn.Module):
         super().__init__()
         self.teacher = teacher
         self.classifier = nn.Conv2d(channels, products, 1).requires_grad_(False)
+        self.register_buffer("centre", torch.zeros(1, channels, 1, 1))
         self.recognised = Recognised()
         for parameter in self.classifier.parameters():
             nn.init.zeros_(parameter)
 
+    centre: torch.Tensor
+    """Of the products: in a lower precision the differences from it keep what the means themselves would lose."""
+
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the teacher's features, and have the products recognised."""
         features: dict[str, torch.Tensor] = self.teacher(images)
-        seen, logits = self.recognised, self.classifier(_means(features))
+        seen, logits = self.recognised, self.classifier(_means(features) - self.centre)
         seen.products = logits.softmax(dim=1)
         if seen.known is not None:
             seen.products = F.one_hot(seen.known, logits.shape[1]).to(logits)[..., None, None]
@@ -103,11 +107,13 @@ class RecognisingTeacher(nn.Module):
             raise UadxError(f"{OPTION}: there is a product without a training image", "leave it out with data.categories")
         # Each as likely as any other, however many images of it there are.
         analysis = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto", priors=[1 / count] * count)
-        analysis.fit(features.double().numpy(), products.numpy())
+        centre = features.double().mean(dim=0)
+        analysis.fit((features - centre).numpy(), products.numpy())
         weight, bias = torch.from_numpy(analysis.coef_), torch.from_numpy(analysis.intercept_)
         if count == 2:
             # Of two products one row says which.
             weight, bias = (torch.cat([-each / 2, each / 2]) for each in (weight, bias))
+        self.centre.copy_(centre[:, None, None])
         self.classifier.weight.copy_(weight[..., None, None])
         assert self.classifier.bias is not None
         self.classifier.bias.copy_(bias)

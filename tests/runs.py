@@ -8,6 +8,7 @@ from typing import Any
 
 from uad_plugins.config import TrainConfig, merge, resolve
 from uad_plugins.data.datamodule import UnifiedDataModule
+from uad_plugins.quantization.quantize import Order, quantize
 from uad_plugins.training.train import train
 
 SMALL = {
@@ -49,3 +50,17 @@ def small_run(data: Path, out: Path, over: dict[str, Any] | None = None, **optio
 def small_datamodule(root: Path, **options: Any) -> UnifiedDataModule:
     """The data of a training with ``OVER``."""
     return UnifiedDataModule(str(root), image_size=64, val_fraction=0.3, num_workers=0, **options)
+
+
+INT8_BACKENDS = [("openvino-int8", {}), ("tensorrt-int8", {}), ("nncf-qat", {"epochs": 1, "accelerator": "cpu"})]
+"""Each with options that take little time."""
+
+
+def quantized_as_it_was(run: Path, data: Path, out: Path, backend: str, options: dict[str, Any]) -> None:
+    """Quantize a small run: maps and verdicts have to stay what they were."""
+    manifest = quantize(Order(run, out, backend, samples=12, data=str(data), options=options))
+    assert manifest.agreement
+    for agreement in manifest.agreement.values():
+        assert agreement["map_l2"] < 0.15
+        assert agreement["map_rank"] > 0.9
+    assert manifest.auroc["mean"]["image_auroc"]["drop"] < 0.1

@@ -8,7 +8,7 @@ import pytest
 import torch
 from anomalib.models import Stfpm as AnomalibStfpm
 from lightning.pytorch import Trainer
-from runs import small_run
+from runs import INT8_BACKENDS, quantized_as_it_was, small_run
 from students import SIZE, build
 
 from uad_plugins.artifacts import Run
@@ -18,7 +18,6 @@ from uad_plugins.models import ReverseDistillation, Stfpm
 from uad_plugins.models.backbones import CHECKPOINT, alias, backbone_weights
 from uad_plugins.models.conditional import ConditionalNorm, rows_of
 from uad_plugins.models.torch_detector import TorchDetector
-from uad_plugins.quantization.quantize import Order, quantize
 
 METHODS = (Stfpm, ReverseDistillation)
 NAMES = ["nut", "ring", "washer"]
@@ -206,14 +205,6 @@ def test_it_is_taught_by_specialists_and_is_none(run, products, tmp_path):
         small_run(products, tmp_path / "wrong", {"model": {"options": wrong}, "trainer": {"max_epochs": 1}})
 
 
-@pytest.mark.parametrize(
-    ("backend", "options"),
-    [("openvino-int8", {}), ("tensorrt-int8", {}), ("nncf-qat", {"epochs": 1, "accelerator": "cpu"})],
-)
+@pytest.mark.parametrize(("backend", "options"), INT8_BACKENDS)
 def test_it_is_quantized(backend, options, run, products, tmp_path):
-    manifest = quantize(Order(run, tmp_path / "q", backend, samples=12, data=str(products), options=options))
-    assert manifest.agreement
-    for agreement in manifest.agreement.values():
-        assert agreement["map_l2"] < 0.15
-        assert agreement["map_rank"] > 0.9
-    assert manifest.auroc["mean"]["image_auroc"]["drop"] < 0.1
+    quantized_as_it_was(run, products, tmp_path / "q", backend, options)

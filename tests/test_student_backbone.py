@@ -3,7 +3,7 @@
 import pytest
 import torch
 from anomalib.models import Stfpm as AnomalibStfpm
-from runs import small_run
+from runs import INT8_BACKENDS, quantized_as_it_was, small_run
 from students import SIZE, build, randomised
 
 from uad_plugins.artifacts import Run
@@ -11,7 +11,6 @@ from uad_plugins.errors import UsageError
 from uad_plugins.models import Stfpm
 from uad_plugins.models.backbones import CHECKPOINT, alias, backbone_weights
 from uad_plugins.models.torch_detector import TorchDetector
-from uad_plugins.quantization.quantize import Order, quantize
 
 SEEING = "seresnet18"
 
@@ -95,14 +94,6 @@ def test_specialists_without_it_teach_one_with_it(products, tmp_path):
     assert list(Run(tmp_path / "run").manifest().method["specialists"]) == ["washer"]
 
 
-@pytest.mark.parametrize(
-    ("backend", "options"),
-    [("openvino-int8", {}), ("tensorrt-int8", {}), ("nncf-qat", {"epochs": 1, "accelerator": "cpu"})],
-)
+@pytest.mark.parametrize(("backend", "options"), INT8_BACKENDS)
 def test_it_is_quantized(backend, options, run, products, tmp_path):
-    manifest = quantize(Order(run, tmp_path / "q", backend, samples=12, data=str(products), options=options))
-    assert manifest.agreement
-    for agreement in manifest.agreement.values():
-        assert agreement["map_l2"] < 0.15
-        assert agreement["map_rank"] > 0.9
-    assert manifest.auroc["mean"]["image_auroc"]["drop"] < 0.1
+    quantized_as_it_was(run, products, tmp_path / "q", backend, options)

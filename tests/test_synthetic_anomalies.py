@@ -6,14 +6,14 @@ from anomalib.data import ImageBatch
 from anomalib.models import ReverseDistillation as AnomalibReverseDistillation
 from anomalib.models import Stfpm as AnomalibStfpm
 from runs import small_run
-from students import SIZE, build, features, randomised
+from students import SIZE, build, randomised
 from torch.nn import functional as F
 
 from uad_plugins.errors import UsageError
 from uad_plugins.models import ReverseDistillation, Stfpm
 from uad_plugins.models.backbones import alias, backbone_weights
+from uad_plugins.models.descriptors import anomaly_loss, distances
 from uad_plugins.models.options import FILLINGS
-from uad_plugins.models.stfpm import MARGIN, MeanSTFPMLoss, anomaly_loss, distances
 from uad_plugins.models.synthetic_anomalies import MAKERS, MIN_CHANGE, MIN_OPACITY, Material, SyntheticAnomalies
 
 
@@ -216,44 +216,6 @@ def test_what_cannot_be_seen_is_no_anomaly(make, filling):
     assert torch.equal(opacity.amax(dim=(1, 2, 3)) > 0, changed)
     assert changed.any() == (filling == "discolour")
     assert not changed.all()
-
-
-@pytest.mark.parametrize("batch", [1, 5])
-def test_without_defects_the_loss_is_the_methods(batch):
-    teacher, student = features(batch), features(batch, 1)
-    found = anomaly_loss(teacher, student, torch.zeros(batch, 1, 32, 32), 3.0)
-    assert found.shape == (batch,)
-    assert torch.allclose(found.mean(), MeanSTFPMLoss()(teacher, student))
-
-
-def test_a_defect_pushes_until_the_margin():
-    teacher = {"layer1": F.normalize(torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0)))}
-    opacity = torch.zeros(1, 1, 32, 32)
-    opacity[..., :16, :] = 1.0
-    near = {"layer1": (teacher["layer1"] * 2).requires_grad_()}
-    loss = anomaly_loss(teacher, near, opacity, 3.0)
-    # Half of the descriptors are defective, and as near as can be.
-    assert loss.item() == pytest.approx(3.0 * MARGIN / 2)
-    far = {"layer1": -teacher["layer1"]}
-    far["layer1"][..., 4:, :] *= -1
-    assert anomaly_loss(teacher, far, opacity, 3.0).item() == pytest.approx(0, abs=1e-6)
-    student = {"layer1": torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()}
-    # Towards the teacher where it is good, away from it where it is not and the margin is not kept.
-    with torch.no_grad():
-        student["layer1"] += 2 * teacher["layer1"]
-    before = (F.normalize(student["layer1"]) - teacher["layer1"]).square().sum(dim=1)
-    (gradient,) = torch.autograd.grad(anomaly_loss(teacher, student, opacity, 3.0).sum(), student["layer1"])
-    after = (F.normalize(student["layer1"] - gradient) - teacher["layer1"]).square().sum(dim=1)
-    pushed = before[:, :4] < MARGIN
-    assert pushed.any()
-    assert (after[:, :4][pushed] > before[:, :4][pushed]).all()
-    assert (after[:, 4:] < before[:, 4:]).all()
-
-
-def test_an_edge_of_a_defect_is_neither_good_nor_bad():
-    teacher, student = features(1), features(1, 1)
-    opacity = torch.full((1, 1, 32, 32), 0.1)
-    assert anomaly_loss(teacher, student, opacity, 3.0).item() == 0
 
 
 def batch_of(images):

@@ -73,3 +73,24 @@ class ReverseDistillationOptions(SyntheticAnomalyOptions):
     """Options of Reverse Distillation."""
 
     anomaly_map_mode: str = Field("add", pattern="^(add|multiply)$", description="How the maps of the layers are combined.")
+    anomaly_weight: float | None = Field(
+        None,
+        gt=0,
+        strict=True,
+        allow_inf_nan=False,
+        description="Weight of the distance that the decoder keeps on synthetic anomalies; null: it restores the good part.",
+    )
+    bottleneck_dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        strict=True,
+        description="Share of the bottleneck's values that the decoder does without in training; 0 is the published recipe.",
+    )
+    hard_mining: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        strict=True,
+        description="Share of the places, those restored best, whose gradient counts a tenth; 0 is the published recipe.",
+    )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from anomalib.metrics import Evaluator
 from anomalib.models import ReverseDistillation as AnomalibReverseDistillation
+from anomalib.models.image.dinomaly.components.loss import CosineHardMiningLoss
 from anomalib.models.image.reverse_distillation.anomaly_map import AnomalyMapGenerationMode
 from anomalib.models.image.reverse_distillation.loss import ReverseDistillationLoss
 from anomalib.post_processing import PostProcessor
@@ -21,6 +22,7 @@ from uad_plugins.config import OptimizerConfig
 from uad_plugins.errors import UsageError
 from uad_plugins.models.backbones import CHECKPOINT, HUB, load_backbone, require_architecture
 from uad_plugins.models.conditional import RecognisingTeacher, condition, plain
+from uad_plugins.models.descriptors import EASY, anomaly_loss, specialist_loss
 from uad_plugins.models.options import FILLINGS, SOFT_EDGES, Filling
 from uad_plugins.models.recipe import DistillationRecipe
 from uad_plugins.models.specialists import Parts, Specialists
@@ -40,6 +42,9 @@ BACKBONES = [
 ]
 """Backbones for which the method has a mirrored decoder."""
 
+DROPOUT = 1
+"""Purpose of a training batch's chances."""
+
 
 class AnyLayoutLoss(ReverseDistillationLoss):
     """anomalib's loss, for features in channels-last memory as well: it takes views that need the usual order."""
@@ -54,6 +59,26 @@ class AnyLayoutLoss(ReverseDistillationLoss):
         return loss
 
 
+class HardMiningLoss(CosineHardMiningLoss):
+    """The same loss, whose gradient is smaller where the decoder restores well (arXiv 2405.14325, section 3.4).
+
+    What it restores well already need not be restored better, or bad places will be restored too; it learns from the rest.
+
+    Args:
+        share: Of the places of a layer in the batch, those restored best, whose gradient counts a tenth, 0..1 exclusive.
+    """
+
+    def __init__(self, share: float) -> None:
+        super().__init__(p_final=share, p_schedule_steps=1, factor=EASY)
+
+    def forward(self, encoder_features: list[torch.Tensor], decoder_features: list[torch.Tensor]) -> torch.Tensor:
+        """Return the scalar loss of two lists of features ``(B, C, H, W)``."""
+        before, after = ([feature.contiguous() for feature in each] for each in (encoder_features, decoder_features))
+        # anomalib's is the mean of the layers, and lets the share rise with the steps.
+        loss: torch.Tensor = super().forward(before, after, global_step=1) * len(before)
+        return loss
+
+
 class ReverseDistillation(DistillationRecipe, AnomalibReverseDistillation):
     """Reverse Distillation for the unified setting; checkpoints load into anomalib's class and back.
 
@@ -64,12 +89,17 @@ class ReverseDistillation(DistillationRecipe, AnomalibReverseDistillation):
         weights: Encoder weights: ``hub``, ``bundled`` or a path.
         optimizer: See ``OptimizerConfig``; None is the published recipe (Adam 5e-3).
         synthetic_anomalies: Share of the training images in which the decoder gets a synthetic anomaly, 0..1, and has to
-            restore the features of the good part. 0 is the published recipe.
+            restore the features of the good part, or none where there is an ``anomaly_weight``. 0 is the published recipe.
         anomaly_fillings: What they are filled with; see ``SyntheticAnomalies``.
         anomaly_soft_edges: Share of them whose edges fade, 0..1.
         specialists: Folder of runs of single products, one or several of each, from whose decoders this one learns, what to
             make of anomalies too.
         conditional_norm: Whether bottleneck and decoder are to know which product they see; see ``conditional``.
+        anomaly_weight: Weight of the distance that the decoder has to keep from the encoder on synthetic anomalies; all else
+            is then learnt by STFPM's loss. None: it has to restore the good part there.
+        bottleneck_dropout: Share of the bottleneck's values, drawn for each batch, that the decoder has to do without while
+            training (arXiv 2405.14325, section 3.2), 0..1 exclusive. 0 is the published recipe.
+        hard_mining: See ``HardMiningLoss``, or with an ``anomaly_weight`` ``anomaly_loss``; 0 is the published loss.
         categories: Names of the products that a checkpoint tells apart; not to be given otherwise.
         pre_processor: See anomalib.
         post_processor: See anomalib.
@@ -79,8 +109,8 @@ class ReverseDistillation(DistillationRecipe, AnomalibReverseDistillation):
 
     Raises:
         UadxError: The weights are missing or of another architecture, or the specialists cannot teach this model.
-        UsageError: The backbone has no decoder, the layers are others than the method's, or there are specialists and no
-            anomalies.
+        UsageError: The backbone has no decoder, the layers are others than the method's, or there are no anomalies, but
+            specialists or a weight of them.
     """
 
     def __init__(
@@ -95,6 +125,9 @@ class ReverseDistillation(DistillationRecipe, AnomalibReverseDistillation):
         anomaly_soft_edges: float = SOFT_EDGES,
         specialists: str | None = None,
         conditional_norm: bool = False,
+        anomaly_weight: float | None = None,
+        bottleneck_dropout: float = 0.0,
+        hard_mining: float = 0.0,
         categories: Sequence[str] = (),
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
@@ -105,6 +138,11 @@ class ReverseDistillation(DistillationRecipe, AnomalibReverseDistillation):
         architecture = require_architecture(backbone, BACKBONES)
         if tuple(layers) != LAYERS:
             raise UsageError(f"Reverse Distillation takes the layers {', '.join(LAYERS)}", "its bottleneck fits no others")
+        if anomaly_weight is not None and not synthetic_anomalies:
+            raise UsageError(
+                "model.options.anomaly_weight is of synthetic anomalies, and there are to be none",
+                "set model.options.synthetic_anomalies above 0, or leave it out",
+            )
         super().__init__(
             backbone=architecture,
             layers=list(layers),
@@ -119,7 +157,9 @@ class ReverseDistillation(DistillationRecipe, AnomalibReverseDistillation):
         if weights != CHECKPOINT:
             self.weights_record = load_backbone(self.model.encoder.feature_extractor, backbone, weights)
         self.set_recipe(optimizer, RECIPE)
-        self.loss = AnyLayoutLoss()
+        self.loss = HardMiningLoss(hard_mining) if hard_mining else AnyLayoutLoss()
+        self.anomaly_weight, self.hard_mining = anomaly_weight, hard_mining
+        self.bottleneck_dropout = bottleneck_dropout
         self.conditional_norm = conditional_norm
         self.set_products(categories)
         self.model.to(memory_format=torch.channels_last)
@@ -141,23 +181,46 @@ class ReverseDistillation(DistillationRecipe, AnomalibReverseDistillation):
         for student in self.model.bottleneck, self.model.decoder:
             condition(student, self.model.encoder)
 
+    def training_step(self, batch: Any, batch_idx: int = 0, *args: Any, **kwargs: Any) -> Any:
+        """Return the loss of a batch, through a noisy bottleneck where there is to be one."""
+        if not self.bottleneck_dropout:
+            return super().training_step(batch, batch_idx, *args, **kwargs)
+        chances, kept = self.chances_of(batch_idx, DROPOUT), 1 - self.bottleneck_dropout
+
+        def drop(_module: nn.Module, _inputs: Any, features: torch.Tensor) -> torch.Tensor:
+            mask = torch.rand(features.shape, generator=chances) < kept
+            return features * mask.to(features) / kept
+
+        # Only here: held-out images, exports and quantization aware training see the bottleneck as it is.
+        hook = self.model.bottleneck.register_forward_hook(drop)
+        try:
+            return super().training_step(batch, batch_idx, *args, **kwargs)
+        finally:
+            hook.remove()
+
     def loss_with_specialists(
         self, drawn: torch.Tensor, opacity: torch.Tensor, specialists: Specialists, categories: Sequence[str] | None
     ) -> torch.Tensor:
         """Bring the decoder's features to those of the specialists; see ``DistillationRecipe``."""
-        del opacity
         encoded, decoded = self.model(drawn)
+        whole: Any = (1, 2, 3) if self.anomaly_weight is None else 1
         taught = specialists.teach(
             categories,
             drawn,
-            lambda other, rows: [F.normalize(each, dim=(1, 2, 3)) for each in other([part[rows] for part in encoded])],  # type: ignore[arg-type]
+            lambda other, rows: [F.normalize(each, dim=whole) for each in other([part[rows] for part in encoded])],
         )
+        if self.anomaly_weight is not None:
+            before, goal, after = (dict(zip(LAYERS, features, strict=True)) for features in (encoded, taught, decoded))
+            return specialist_loss(before, goal, after, opacity, self.anomaly_weight).mean()
         loss: torch.Tensor = self.loss(taught, decoded)
         return loss
 
     def loss_with_anomalies(self, images: torch.Tensor, drawn: torch.Tensor, opacity: torch.Tensor) -> torch.Tensor:
-        """Have the decoder restore the good part where anomalies are drawn; see ``DistillationRecipe``."""
+        """Have the decoder restore the good part where anomalies are drawn, or no part; see ``DistillationRecipe``."""
         encoded, decoded = self.model(drawn)
+        if self.anomaly_weight is not None:
+            before, after = (dict(zip(LAYERS, features, strict=True)) for features in (encoded, decoded))
+            return anomaly_loss(before, after, opacity, self.anomaly_weight, self.hard_mining).mean()
         chosen = opacity.amax(dim=(1, 2, 3)) > 0
         if chosen.any():
             good = plain(self.model.encoder)(images[chosen]).values()

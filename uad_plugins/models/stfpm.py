@@ -20,85 +20,13 @@ from uad_plugins.config import OptimizerConfig
 from uad_plugins.errors import UsageError
 from uad_plugins.models.backbones import HUB, alias, backbone_weights, require_architecture
 from uad_plugins.models.conditional import RecognisingTeacher, condition, plain
+from uad_plugins.models.descriptors import anomaly_loss, distances, specialist_loss
 from uad_plugins.models.options import ANOMALY_WEIGHT, FILLINGS, SOFT_EDGES, Filling
 from uad_plugins.models.recipe import DistillationRecipe
 from uad_plugins.models.specialists import Parts, Specialists
 
 LAYERS = ("layer1", "layer2", "layer3")
 RECIPE = OptimizerConfig(name="sgd", lr=0.4, momentum=0.9, weight_decay=1e-4)
-
-Features = Mapping[str, torch.Tensor]
-
-MARGIN = 1.0
-"""Squared distance from the teacher that a student has to keep on synthetic anomalies.
-
-Features after a ReLU are at most 2 apart; those of unrelated places 0.6 to 0.7, with the backbone that ships.
-"""
-
-GOOD, ANOMALOUS = 0.02, 0.2
-"""Opacity up to which a descriptor's cell counts as good, and from which as anomalous; between them it is neither."""
-
-
-def distances(teacher: Features, student: Features) -> list[torch.Tensor]:
-    """Return the squared distances of unit descriptors, ``(B, h, w)`` of each layer (arXiv 2103.04257, equation 1)."""
-    return [_apart(F.normalize(teacher[layer]), F.normalize(student[layer])) for layer in teacher]
-
-
-def _apart(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    return (one - other).square().sum(dim=1)
-
-
-def _covered(opacity: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Return the mean opacity in each cell of distances ``(B, h, w)``."""
-    return F.interpolate(opacity, like.shape[-2:], mode="area")[:, 0]
-
-
-def anomaly_loss(teacher: Features, student: Features, opacity: torch.Tensor, weight: float) -> torch.Tensor:
-    """Pull the student to its teacher where the part is good, and away from it where an anomaly was drawn.
-
-    Args:
-        teacher: Features ``(B, C, h, w)`` by layer.
-        student: The same of the student.
-        opacity: Of the anomalies, float32 ``(B, 1, H, W)``, 0..1.
-        weight: Of the second part, a hinge at ``MARGIN``.
-
-    Returns:
-        The loss of each image, float32 ``(B,)``: that of the method where nothing was drawn.
-    """
-    losses = []
-    for distance in distances(teacher, student):
-        covered, apart = _covered(opacity, distance), distance.float()
-        good = apart * (covered <= GOOD)
-        near = F.relu(MARGIN - apart) * (covered >= ANOMALOUS)
-        losses.append((good + weight * near).mean(dim=(1, 2)))
-    return torch.stack(losses).sum(dim=0)
-
-
-def specialist_loss(
-    teacher: Features, specialist: Features, student: Features, opacity: torch.Tensor, weight: float
-) -> torch.Tensor:
-    """Pull the student to a specialist, and as far away from the teacher where an anomaly was drawn as that one is.
-
-    What a specialist makes of an anomaly cannot be foreseen in all detail, least of all in the first layer, which sees
-    little of the product. A student that is told this alone takes the mean of what may come, which is near the teacher.
-
-    Args:
-        teacher: Features ``(B, C, h, w)`` by layer.
-        specialist: The same of the specialist, or the mean of several.
-        student: The same of the student.
-        opacity: Of the anomalies, float32 ``(B, 1, H, W)``, 0..1.
-        weight: Of the second part: squared distance from the teacher that the student lacks.
-
-    Returns:
-        The loss of each image, float32 ``(B,)``.
-    """
-    losses = []
-    for layer in teacher:
-        origin, goal, place = (F.normalize(features[layer]) for features in (teacher, specialist, student))
-        apart, lacking = _apart(goal, place).float(), _apart(origin, goal).float() - _apart(origin, place).float()
-        bad = _covered(opacity, apart) >= ANOMALOUS
-        losses.append((apart + weight * F.relu(lacking) * bad).mean(dim=(1, 2)))
-    return torch.stack(losses).sum(dim=0)
 
 
 class MeanSTFPMLoss(STFPMLoss):

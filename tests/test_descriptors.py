@@ -88,3 +88,13 @@ def test_a_student_has_to_be_as_far_from_its_teacher_as_the_specialist_where_it_
     assert loss(0.0, 3.0) == pytest.approx(apart, abs=1e-5)
     assert loss(1.0, 3.0) == pytest.approx(apart + 3 * lacking, abs=1e-5)
     assert loss(1.0, 0.0) == pytest.approx(apart, abs=1e-5)
+
+
+def test_a_student_that_is_nearest_to_its_specialist_has_less_to_learn():
+    teacher, specialist, student = (features(2, seed) for seed in range(3))
+    opacity, expected = torch.zeros(2, 1, 32, 32), 0
+    for apart in distances(specialist, student):
+        weight = torch.where(apart >= apart.flatten().sort().values[-apart.numel() // 4], 1.0, EASY)
+        expected = expected + (weight / weight.mean() * apart).mean(dim=(1, 2))
+    assert torch.allclose(specialist_loss(teacher, specialist, student, opacity, 3.0, 0.75), expected)
+    assert not torch.allclose(specialist_loss(teacher, specialist, student, opacity, 3.0), expected)

@@ -1,5 +1,7 @@
 """What keeps the decoder of Reverse Distillation from restoring bad places."""
 
+import copy
+
 import pytest
 import torch
 from anomalib.data import ImageBatch
@@ -9,8 +11,8 @@ from torch.nn import functional as F
 
 from uad_plugins.errors import UsageError
 from uad_plugins.models import ReverseDistillation
-from uad_plugins.models.descriptors import anomaly_loss
-from uad_plugins.models.reverse_distillation import EASY, AnyLayoutLoss, HardMiningLoss
+from uad_plugins.models.descriptors import EASY, anomaly_loss
+from uad_plugins.models.reverse_distillation import AnyLayoutLoss
 
 
 def images(count=4):
@@ -64,19 +66,33 @@ def test_only_training_steps_have_a_noisy_bottleneck(monkeypatch):
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_the_loss_is_the_methods_and_only_gradients_differ(layout):
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_the_loss_is_the_methods_and_only_gradients_differ(layout, precision):
     generator = torch.Generator().manual_seed(0)
-    before = [torch.randn(2, 8, side, side, generator=generator).contiguous(memory_format=layout) for side in (8, 4)]
-    after = [(each + 0.5 * torch.randn(each.shape, generator=generator)).requires_grad_() for each in before]
-    usual, mined = (loss(before, [each.clone() for each in after]) for loss in (AnyLayoutLoss(), HardMiningLoss(0.75)))
+    before = torch.randn(2, 8, 8, 8, generator=generator).to(precision, memory_format=layout)
+    after = (before + 0.5 * torch.randn(before.shape, generator=generator)).to(precision, memory_format=layout)
+    after.requires_grad_()
+    usual, mined = (loss([before], [after]) for loss in (AnyLayoutLoss(), AnyLayoutLoss(0.75)))
     assert torch.allclose(usual, mined)
-    wanted, found = (torch.autograd.grad(loss, after) for loss in (usual, mined))
-    for target, place, usually, gradient in zip(before, after, wanted, found, strict=True):
-        # The places of both images together, those restored worst: a quarter.
-        apart = 1 - F.cosine_similarity(target, place)
-        hard = apart >= apart.flatten().sort().values[-apart.numel() // 4]
-        factor = torch.where(hard, 1.0, EASY)[:, None]
-        assert torch.allclose(gradient, usually * factor)
+    (wanted,), (found,) = (torch.autograd.grad(loss, after) for loss in (usual, mined))
+    # The places of both images together, those restored worst: a quarter.
+    apart = 1 - F.cosine_similarity(before.float(), after.float())
+    hard = apart >= apart.flatten().sort().values[-apart.numel() // 4]
+    factor = torch.where(hard, 1.0, EASY)[:, None]
+    assert torch.allclose(found.float(), wanted.float() * factor, rtol=2e-2 if precision == torch.bfloat16 else 1e-5)
+
+
+def test_what_flows_back_from_a_finer_layer_is_not_mined():
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randn(1, 8, 4, 4, generator=generator).requires_grad_()
+    before = [torch.randn(1, 8, 4, 4, generator=generator) for _ in range(2)]
+    fine = coarse.detach() * 2
+    usual, mined = (loss(before, [fine.clone(), coarse]) for loss in (AnyLayoutLoss(), AnyLayoutLoss(0.75)))
+    own = [torch.autograd.grad(loss, coarse)[0] for loss in (usual, mined)]
+    both = [torch.autograd.grad(AnyLayoutLoss(each)(before, [coarse * 2, coarse]), coarse)[0] for each in (0.0, 0.75)]
+    alone = [torch.autograd.grad(AnyLayoutLoss(each)(before[:1], [coarse * 2]), coarse)[0] for each in (0.0, 0.75)]
+    for mine, finer, together in zip(own, alone, both, strict=True):
+        assert torch.allclose(mine + finer, together, atol=1e-6)
 
 
 @pytest.mark.parametrize("anomalies", [0.0, 0.5])
@@ -101,6 +117,17 @@ def test_the_decoder_is_kept_from_restoring_anomalies(monkeypatch):
     assert 0 < (opacity.amax(dim=(1, 2, 3)) > 0).sum() < 4
 
 
+@pytest.mark.parametrize("weight", [None, 2.0])
+def test_held_out_parts_are_judged_as_they_are_learnt(weight, monkeypatch):
+    model = made(monkeypatch, synthetic_anomalies=0.5, anomaly_weight=weight)
+    with torch.no_grad():
+        (before, after), shown = model.model(images()), copy.deepcopy(model.model)
+        found, _ = ReverseDistillation.distil(shown, images())
+    places = anomaly_loss(*(dict(enumerate(each)) for each in (before, after)), torch.zeros(4, 1, *SIZE), 2.0)
+    assert torch.allclose(found.mean(), model.loss(before, after) if weight is None else places.mean())
+    assert not torch.allclose(model.loss(before, after), places.mean(), rtol=1e-2)
+
+
 def test_a_weight_of_anomalies_and_none():
     with pytest.raises(UsageError, match="anomaly_weight"):
         build(ReverseDistillation, anomaly_weight=2.0)
@@ -108,12 +135,14 @@ def test_a_weight_of_anomalies_and_none():
 
 def test_all_are_options_of_a_run(products, tmp_path):
     options = {"bottleneck_dropout": 0.25, "hard_mining": 0.9, "synthetic_anomalies": 0.5, "anomaly_weight": 2.0}
-    over = {"model": {"name": "reverse_distillation", "options": options}, "trainer": {"max_epochs": 1}}
+    options = {**options, "conditional_norm": True}
+    trainer = {"max_epochs": 1, "precision": "bf16-mixed"}
+    over = {"model": {"name": "reverse_distillation", "options": options}, "trainer": trainer}
     small_run(products, tmp_path / "run", over)
     loaded = ReverseDistillation.load_from_checkpoint(tmp_path / "run" / "model.ckpt", map_location="cpu")
     assert loaded.bottleneck_dropout == 0.25
     assert loaded.anomaly_weight == 2
-    assert loaded.hard_mining == loaded.loss.p_final == 0.9
+    assert loaded.hard_mining == loaded.loss.mining == 0.9
 
 
 @pytest.mark.parametrize(
@@ -124,7 +153,7 @@ def test_all_are_options_of_a_run(products, tmp_path):
     ],
 )
 def test_values_that_make_no_sense(option, value, products, tmp_path):
-    over = {"model": {"name": "reverse_distillation", "options": {option: value}}}
+    over = {"model": {"name": "reverse_distillation", "options": {"synthetic_anomalies": 0.5, option: value}}}
     with pytest.raises(UsageError, match=option):
         small_run(products, tmp_path / "run", over)
     assert not (tmp_path / "run").exists()

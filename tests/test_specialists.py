@@ -24,6 +24,8 @@ from uad_plugins.models.specialists import Specialists
 DRAWN = {"synthetic_anomalies": 0.5}
 CLASSES = {"stfpm": Stfpm, "reverse_distillation": ReverseDistillation}
 NAMES = sorted(PRODUCTS)
+WEIGHT = {"anomaly_weight": 2.0}
+"""With it Reverse Distillation learns place by place."""
 
 
 def of_method(name, **options):
@@ -88,7 +90,7 @@ def step_of(cls, monkeypatch, **options):
 
 def descriptor_loss(model, teacher, student, opacity, taught):
     """Written out: apart from the specialist, and less apart from the teacher than it is where an anomaly was drawn."""
-    expected = 0
+    expected, (teacher, student, taught) = 0, (dict(enumerate(each)) for each in (teacher, student, taught))
     for apart, theirs, own in zip(
         distances(taught, student), distances(teacher, taught), distances(teacher, student), strict=True
     ):
@@ -101,8 +103,8 @@ def descriptor_loss(model, teacher, student, opacity, taught):
 def test_stfpm_learns_the_descriptors_of_each_images_specialist(monkeypatch):
     model, networks, batch, loss, drawn, opacity = step_of(Stfpm, monkeypatch)
     taught = [networks[name].student_model(drawn[row : row + 1]) for row, name in enumerate(batch.category)]
-    taught = {layer: torch.cat([each[layer] for each in taught]) for layer in taught[0]}
-    expected = descriptor_loss(model, *model.model(drawn), opacity, taught)
+    taught = [torch.cat([each[layer] for each in taught]) for layer in taught[0]]
+    expected = descriptor_loss(model, *(each.values() for each in model.model(drawn)), opacity, taught)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
     model.specialists = Specialists({name: [networks["nut"].student_model] for name in networks})
     assert model.training_step(batch)["loss"].item() != pytest.approx(loss.item(), rel=1e-3)
@@ -111,9 +113,9 @@ def test_stfpm_learns_the_descriptors_of_each_images_specialist(monkeypatch):
     assert all(parameter.grad is None for network in networks.values() for parameter in network.parameters())
 
 
-@pytest.mark.parametrize("weight", [None, 2.0])
-def test_reverse_distillation_restores_what_each_images_specialist_restores(weight, monkeypatch):
-    model, networks, batch, loss, drawn, opacity = step_of(ReverseDistillation, monkeypatch, anomaly_weight=weight)
+@pytest.mark.parametrize("options", [{}, WEIGHT])
+def test_reverse_distillation_restores_what_each_images_specialist_restores(options, monkeypatch):
+    model, networks, batch, loss, drawn, opacity = step_of(ReverseDistillation, monkeypatch, **options)
     encoded, decoded = model.model(drawn)
     taught = [torch.empty_like(feature) for feature in encoded]
     for row, name in enumerate(batch.category):
@@ -124,10 +126,9 @@ def test_reverse_distillation_restores_what_each_images_specialist_restores(weig
             whole[row] = feature[0]
 
     def by(taught):
-        if weight is None:
+        if not options:
             return model.loss(taught, decoded).item()
-        before, after, goal = (dict(enumerate(each)) for each in (encoded, decoded, taught))
-        return descriptor_loss(model, before, after, opacity, goal).item()
+        return descriptor_loss(model, encoded, decoded, opacity, taught).item()
 
     assert loss.item() == pytest.approx(by(taught), rel=1e-4)
     assert loss.item() != pytest.approx(by(encoded), rel=1e-3)
@@ -135,14 +136,15 @@ def test_reverse_distillation_restores_what_each_images_specialist_restores(weig
     assert all(parameter.grad is None for network in networks.values() for parameter in network.parameters())
 
 
-@pytest.mark.parametrize("cls", CLASSES.values())
-def test_several_of_one_product_teach_their_mean(cls, monkeypatch):
-    model, networks, batch, _, drawn, opacity = step_of(cls, monkeypatch)
+@pytest.mark.parametrize(("cls", "options"), [(Stfpm, {}), (ReverseDistillation, {}), (ReverseDistillation, WEIGHT)])
+def test_several_of_one_product_teach_their_mean(cls, options, monkeypatch):
+    model, networks, batch, _, drawn, opacity = step_of(cls, monkeypatch, **options)
     several = {name: cls.parts(network)[1] for name, network in networks.items()}
     model.specialists = Specialists({"nut": [*several.values()], "bolt": [several["bolt"]]})
     loss = model.training_step(batch)["loss"].item()
-    # Whole images in Reverse Distillation, places in STFPM: what the loss takes for one direction.
-    dim = 1 if cls is Stfpm else (1, 2, 3)
+    # Whole images in Reverse Distillation as published, otherwise places: what the loss takes for one direction.
+    whole = cls is ReverseDistillation and not options
+    dim = (1, 2, 3) if whole else 1
     shown = drawn if cls is Stfpm else model.model(drawn)[0]
 
     def unit(name, row):
@@ -155,11 +157,8 @@ def test_several_of_one_product_teach_their_mean(cls, monkeypatch):
         teachers = [unit(other, row) for other in (["nut", "bolt"] if name == "nut" else ["bolt"])]
         taught.append([sum(layer) / len(teachers) for layer in zip(*teachers, strict=True)])
     taught = [torch.cat(layer) for layer in zip(*taught, strict=True)]
-    if cls is Stfpm:
-        teacher, student = model.model(drawn)
-        expected = descriptor_loss(model, teacher, student, opacity, dict(zip(student, taught, strict=True)))
-    else:
-        expected = model.loss(taught, model.model(drawn)[1])
+    teacher, student = ([*each.values()] if cls is Stfpm else each for each in model.model(drawn))
+    expected = model.loss(taught, student) if whole else descriptor_loss(model, teacher, student, opacity, taught)
     assert loss == pytest.approx(expected.item(), rel=1e-4)
 
 

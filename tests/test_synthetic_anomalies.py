@@ -273,6 +273,14 @@ def test_seed_epoch_batch_and_process_say_which_anomalies(changed, monkeypatch):
     assert not torch.equal(model.with_anomalies(images, int(changed == "batch_idx"))[1], before)
 
 
+def test_each_purpose_of_a_batch_has_chances_of_its_own():
+    model = build(Stfpm)
+    first, again, other, next_one = (torch.rand(9, generator=model.chances_of(*at)) for at in ((0,), (0,), (0, 1), (1,)))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert not torch.equal(next_one, other)
+
+
 @pytest.mark.parametrize("share", [0.5, 1.0])
 def test_reverse_distillation_restores_the_good_part(share, monkeypatch):
     model = randomised(build(ReverseDistillation, synthetic_anomalies=share)).train()

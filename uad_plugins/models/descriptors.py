@@ -19,7 +19,7 @@ GOOD, ANOMALOUS = 0.02, 0.2
 """Opacity up to which a descriptor's cell counts as good, and from which as anomalous; between them it is neither."""
 
 EASY = 0.1
-"""What places count that are learnt well already, where the others are mined (arXiv 2405.14325, section 3.4)."""
+"""What places that are learnt well already count beside the others, with hard mining (arXiv 2405.14325, section 3.4)."""
 
 
 def distances(teacher: Features, student: Features) -> list[torch.Tensor]:
@@ -47,7 +47,7 @@ def anomaly_loss(
         opacity: Of the anomalies, float32 ``(B, 1, H, W)``, 0..1.
         weight: Of the second part, a hinge at ``MARGIN``.
         mining: Share of the good places of a layer in the batch, those that the student follows best, which count
-            ``EASY`` of the others, 0..1 exclusive.
+            ``EASY`` of the others, 0..1 exclusive; the mean weight stays 1.
 
     Returns:
         The loss of each image, float32 ``(B,)``: that of STFPM where nothing was drawn and nothing is mined.
@@ -57,21 +57,22 @@ def anomaly_loss(
         covered, apart = _covered(opacity, distance), distance.float()
         good = (covered <= GOOD).to(apart)
         near = F.relu(MARGIN - apart) * (covered >= ANOMALOUS)
-        losses.append((apart * (_mined(apart.detach(), good, mining) if mining else good) + weight * near).mean(dim=(1, 2)))
+        losses.append((apart * _mined(apart, good, mining) + weight * near).mean(dim=(1, 2)))
     return torch.stack(losses).sum(dim=0)
 
 
 def _mined(apart: torch.Tensor, good: torch.Tensor, share: float) -> torch.Tensor:
     """Return weights of the good places, of which those that are nearest count less: their mean is 1."""
-    if not good.any():
+    if not share or not good.any():
         return good
+    apart = apart.detach()
     easy = apart < torch.quantile(apart[good > 0], share)
     weights = good * torch.where(easy, EASY, 1.0)
     return weights * (good.sum() / weights.sum())
 
 
 def specialist_loss(
-    teacher: Features, specialist: Features, student: Features, opacity: torch.Tensor, weight: float
+    teacher: Features, specialist: Features, student: Features, opacity: torch.Tensor, weight: float, mining: float = 0.0
 ) -> torch.Tensor:
     """Pull the student to a specialist, and as far away from the teacher where an anomaly was drawn as that one is.
 
@@ -84,6 +85,7 @@ def specialist_loss(
         student: The same of the student.
         opacity: Of the anomalies, float32 ``(B, 1, H, W)``, 0..1.
         weight: Of the second part: squared distance from the teacher that the student lacks.
+        mining: As for ``anomaly_loss``, of all places: those where the student is nearest to the specialist count less.
 
     Returns:
         The loss of each image, float32 ``(B,)``.
@@ -93,5 +95,6 @@ def specialist_loss(
         origin, goal, place = (F.normalize(features[layer]) for features in (teacher, specialist, student))
         apart, lacking = _apart(goal, place).float(), _apart(origin, goal).float() - _apart(origin, place).float()
         bad = _covered(opacity, apart) >= ANOMALOUS
-        losses.append((apart + weight * F.relu(lacking) * bad).mean(dim=(1, 2)))
+        near = apart * _mined(apart, torch.ones_like(apart), mining)
+        losses.append((near + weight * F.relu(lacking) * bad).mean(dim=(1, 2)))
     return torch.stack(losses).sum(dim=0)

@@ -92,5 +92,5 @@ class ReverseDistillationOptions(SyntheticAnomalyOptions):
         ge=0,
         lt=1,
         strict=True,
-        description="Share of the places, those restored best, whose gradient counts a tenth; 0 is the published recipe.",
+        description="Share of the places, those restored best, that count a tenth of the others; 0 is the published recipe.",
     )

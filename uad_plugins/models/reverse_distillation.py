@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from anomalib.metrics import Evaluator
 from anomalib.models import ReverseDistillation as AnomalibReverseDistillation
-from anomalib.models.image.dinomaly.components.loss import CosineHardMiningLoss
 from anomalib.models.image.reverse_distillation.anomaly_map import AnomalyMapGenerationMode
 from anomalib.models.image.reverse_distillation.loss import ReverseDistillationLoss
 from anomalib.post_processing import PostProcessor
@@ -22,7 +21,7 @@ from uad_plugins.config import OptimizerConfig
 from uad_plugins.errors import UsageError
 from uad_plugins.models.backbones import CHECKPOINT, HUB, load_backbone, require_architecture
 from uad_plugins.models.conditional import RecognisingTeacher, condition, plain
-from uad_plugins.models.descriptors import EASY, anomaly_loss, specialist_loss
+from uad_plugins.models.descriptors import EASY, anomaly_loss, distances, specialist_loss
 from uad_plugins.models.options import FILLINGS, SOFT_EDGES, Filling
 from uad_plugins.models.recipe import DistillationRecipe
 from uad_plugins.models.specialists import Parts, Specialists
@@ -47,11 +46,25 @@ DROPOUT = 1
 
 
 class AnyLayoutLoss(ReverseDistillationLoss):
-    """anomalib's loss, for features in channels-last memory as well: it takes views that need the usual order."""
+    """anomalib's loss, for features in channels-last memory as well; well restored places may count less in its gradient.
 
-    @staticmethod
-    def forward(encoder_features: list[torch.Tensor], decoder_features: list[torch.Tensor]) -> torch.Tensor:
+    What is restored well already need not be restored better, or bad places will be restored too: the rest is learnt (the
+    loose loss of arXiv 2405.14325, section 3.4).
+
+    Args:
+        mining: Share of the places of a layer in the batch, those restored best, whose gradient counts ``EASY`` of the
+            others', 0..1 exclusive. 0 is the published loss.
+    """
+
+    def __init__(self, mining: float = 0.0) -> None:
+        super().__init__()
+        self.mining = mining
+
+    def forward(self, encoder_features: list[torch.Tensor], decoder_features: list[torch.Tensor]) -> torch.Tensor:
         """Return the scalar loss of two lists of features ``(B, C, H, W)``."""
+        if self.mining:
+            pairs = zip(encoder_features, decoder_features, strict=True)
+            decoder_features = [_held_back(before, after, self.mining) for before, after in pairs]
         loss: torch.Tensor = ReverseDistillationLoss.forward(
             [feature.contiguous() for feature in encoder_features],
             [feature.contiguous() for feature in decoder_features],
@@ -59,28 +72,21 @@ class AnyLayoutLoss(ReverseDistillationLoss):
         return loss
 
 
-class HardMiningLoss(CosineHardMiningLoss):
-    """The same loss, whose gradient is smaller where the decoder restores well (arXiv 2405.14325, section 3.4).
+def _held_back(before: torch.Tensor, after: torch.Tensor, share: float) -> torch.Tensor:
+    """Return the decoder's features as they are, with a smaller gradient where they are nearest to the encoder's."""
+    apart = 1 - F.cosine_similarity(before.float(), after.detach().float())
+    easy = (apart < torch.quantile(apart, share))[:, None]
+    return torch.where(easy, after.detach() + EASY * (after - after.detach()), after)
 
-    What it restores well already need not be restored better, or bad places will be restored too; it learns from the rest.
 
-    Args:
-        share: Of the places of a layer in the batch, those restored best, whose gradient counts a tenth, 0..1 exclusive.
-    """
-
-    def __init__(self, share: float) -> None:
-        super().__init__(p_final=share, p_schedule_steps=1, factor=EASY)
-
-    def forward(self, encoder_features: list[torch.Tensor], decoder_features: list[torch.Tensor]) -> torch.Tensor:
-        """Return the scalar loss of two lists of features ``(B, C, H, W)``."""
-        before, after = ([feature.contiguous() for feature in each] for each in (encoder_features, decoder_features))
-        # anomalib's is the mean of the layers, and lets the share rise with the steps.
-        loss: torch.Tensor = super().forward(before, after, global_step=1) * len(before)
-        return loss
+def _by_layer(features: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    return dict(zip(LAYERS, features, strict=True))
 
 
 class ReverseDistillation(DistillationRecipe, AnomalibReverseDistillation):
-    """Reverse Distillation for the unified setting; checkpoints load into anomalib's class and back.
+    """Reverse Distillation for the unified setting.
+
+    Checkpoints load into anomalib's class and back, but for those with ``conditional_norm``.
 
     Args:
         backbone: One of ``BACKBONES``.
@@ -89,17 +95,17 @@ class ReverseDistillation(DistillationRecipe, AnomalibReverseDistillation):
         weights: Encoder weights: ``hub``, ``bundled`` or a path.
         optimizer: See ``OptimizerConfig``; None is the published recipe (Adam 5e-3).
         synthetic_anomalies: Share of the training images in which the decoder gets a synthetic anomaly, 0..1, and has to
-            restore the features of the good part, or none where there is an ``anomaly_weight``. 0 is the published recipe.
+            restore the features of the good part, or must not restore it. 0 is the published recipe.
         anomaly_fillings: What they are filled with; see ``SyntheticAnomalies``.
         anomaly_soft_edges: Share of them whose edges fade, 0..1.
         specialists: Folder of runs of single products, one or several of each, from whose decoders this one learns, what to
             make of anomalies too.
         conditional_norm: Whether bottleneck and decoder are to know which product they see; see ``conditional``.
         anomaly_weight: Weight of the distance that the decoder has to keep from the encoder on synthetic anomalies; all else
-            is then learnt by STFPM's loss. None: it has to restore the good part there.
+            is then learnt place by place; see ``anomaly_loss``. None: it has to restore the good part there.
         bottleneck_dropout: Share of the bottleneck's values, drawn for each batch, that the decoder has to do without while
             training (arXiv 2405.14325, section 3.2), 0..1 exclusive. 0 is the published recipe.
-        hard_mining: See ``HardMiningLoss``, or with an ``anomaly_weight`` ``anomaly_loss``; 0 is the published loss.
+        hard_mining: See ``AnyLayoutLoss``, or ``anomaly_loss`` with an ``anomaly_weight``; 0 learns from all places alike.
         categories: Names of the products that a checkpoint tells apart; not to be given otherwise.
         pre_processor: See anomalib.
         post_processor: See anomalib.
@@ -140,8 +146,8 @@ class ReverseDistillation(DistillationRecipe, AnomalibReverseDistillation):
             raise UsageError(f"Reverse Distillation takes the layers {', '.join(LAYERS)}", "its bottleneck fits no others")
         if anomaly_weight is not None and not synthetic_anomalies:
             raise UsageError(
-                "model.options.anomaly_weight is of synthetic anomalies, and there are to be none",
-                "set model.options.synthetic_anomalies above 0, or leave it out",
+                "model.options.anomaly_weight needs synthetic anomalies, and there are to be none",
+                "set model.options.synthetic_anomalies above 0, or model.options.anomaly_weight=null",
             )
         super().__init__(
             backbone=architecture,
@@ -157,8 +163,9 @@ class ReverseDistillation(DistillationRecipe, AnomalibReverseDistillation):
         if weights != CHECKPOINT:
             self.weights_record = load_backbone(self.model.encoder.feature_extractor, backbone, weights)
         self.set_recipe(optimizer, RECIPE)
-        self.loss = HardMiningLoss(hard_mining) if hard_mining else AnyLayoutLoss()
+        self.loss = AnyLayoutLoss(hard_mining)
         self.anomaly_weight, self.hard_mining = anomaly_weight, hard_mining
+        self.model.by_places = anomaly_weight is not None
         self.bottleneck_dropout = bottleneck_dropout
         self.conditional_norm = conditional_norm
         self.set_products(categories)
@@ -188,10 +195,10 @@ class ReverseDistillation(DistillationRecipe, AnomalibReverseDistillation):
         chances, kept = self.chances_of(batch_idx, DROPOUT), 1 - self.bottleneck_dropout
 
         def drop(_module: nn.Module, _inputs: Any, features: torch.Tensor) -> torch.Tensor:
-            mask = torch.rand(features.shape, generator=chances) < kept
-            return features * mask.to(features) / kept
+            mask = torch.empty(features.shape, dtype=torch.bool).bernoulli_(kept, generator=chances)
+            return features * mask.to(features.device) / kept
 
-        # Only here: held-out images, exports and quantization aware training see the bottleneck as it is.
+        # Only here: held-out images, exports and quantization-aware training see the bottleneck as it is.
         hook = self.model.bottleneck.register_forward_hook(drop)
         try:
             return super().training_step(batch, batch_idx, *args, **kwargs)
@@ -210,8 +217,8 @@ class ReverseDistillation(DistillationRecipe, AnomalibReverseDistillation):
             lambda other, rows: [F.normalize(each, dim=whole) for each in other([part[rows] for part in encoded])],
         )
         if self.anomaly_weight is not None:
-            before, goal, after = (dict(zip(LAYERS, features, strict=True)) for features in (encoded, taught, decoded))
-            return specialist_loss(before, goal, after, opacity, self.anomaly_weight).mean()
+            before, goal, after = map(_by_layer, (encoded, taught, decoded))
+            return specialist_loss(before, goal, after, opacity, self.anomaly_weight, self.hard_mining).mean()
         loss: torch.Tensor = self.loss(taught, decoded)
         return loss
 
@@ -219,8 +226,9 @@ class ReverseDistillation(DistillationRecipe, AnomalibReverseDistillation):
         """Have the decoder restore the good part where anomalies are drawn, or no part; see ``DistillationRecipe``."""
         encoded, decoded = self.model(drawn)
         if self.anomaly_weight is not None:
-            before, after = (dict(zip(LAYERS, features, strict=True)) for features in (encoded, decoded))
-            return anomaly_loss(before, after, opacity, self.anomaly_weight, self.hard_mining).mean()
+            return anomaly_loss(
+                _by_layer(encoded), _by_layer(decoded), opacity, self.anomaly_weight, self.hard_mining
+            ).mean()
         chosen = opacity.amax(dim=(1, 2, 3)) > 0
         if chosen.any():
             good = plain(self.model.encoder)(images[chosen]).values()
@@ -235,10 +243,13 @@ class ReverseDistillation(DistillationRecipe, AnomalibReverseDistillation):
         model.encoder.eval()
         encoded = list(model.encoder(images).values())
         decoded = model.decoder(model.bottleneck(encoded))
-        losses = [
-            1 - F.cosine_similarity(before.flatten(1), after.flatten(1))
-            for before, after in zip(encoded, decoded, strict=True)
-        ]
+        if getattr(model, "by_places", False):
+            losses = [each.mean(dim=(1, 2)) for each in distances(_by_layer(encoded), _by_layer(decoded))]
+        else:
+            losses = [
+                1 - F.cosine_similarity(before.flatten(1), after.flatten(1))
+                for before, after in zip(encoded, decoded, strict=True)
+            ]
         return torch.stack(losses).sum(dim=0), model.anomaly_map_generator(encoded, decoded)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

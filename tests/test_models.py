@@ -45,7 +45,7 @@ def test_a_step_does_not_grow_with_the_batch():
 def test_the_reverse_distillation_loss_takes_either_memory_layout():
     encoded, decoded = list(features(2).values()), list(features(2, 1).values())
     last = [f.contiguous(memory_format=torch.channels_last) for f in encoded]
-    assert torch.allclose(AnyLayoutLoss.forward(last, decoded), ReverseDistillationLoss.forward(encoded, decoded))
+    assert torch.allclose(AnyLayoutLoss()(last, decoded), ReverseDistillationLoss.forward(encoded, decoded))
 
 
 @pytest.mark.parametrize("cls", [Stfpm, ReverseDistillation])

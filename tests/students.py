@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from anomalib.data import ImageBatch
 from anomalib.models.components import AnomalibModule
 
 SIZE = (64, 64)
@@ -31,3 +32,14 @@ def randomised(model):
         if isinstance(module, torch.nn.BatchNorm2d) and module.weight.requires_grad:
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)
     return model
+
+
+def in_training(cls, monkeypatch, **options):
+    """Build a model whose training steps can be called without a trainer."""
+    model = randomised(build(cls, **options)).train()
+    monkeypatch.setattr(model, "log", lambda *_, **__: None)
+    return model
+
+
+def good_batch(images):
+    return ImageBatch(image=images, gt_label=torch.zeros(len(images), dtype=torch.bool))

@@ -4,9 +4,8 @@ import copy
 
 import pytest
 import torch
-from anomalib.data import ImageBatch
 from runs import small_run
-from students import SIZE, build, randomised
+from students import SIZE, build, good_batch, in_training
 from torch.nn import functional as F
 
 from uad_plugins.errors import UsageError
@@ -19,20 +18,13 @@ def images(count=4):
     return torch.rand(count, 3, *SIZE, generator=torch.Generator().manual_seed(0))
 
 
-def made(monkeypatch, **options):
-    model = randomised(build(ReverseDistillation, **options)).train()
-    monkeypatch.setattr(model, "log", lambda *_, **__: None)
-    return model
-
-
 def step(model, batch_idx=0):
-    batch = ImageBatch(image=images(), gt_label=torch.zeros(4, dtype=torch.bool))
-    return model.training_step(batch, batch_idx)["loss"]
+    return model.training_step(good_batch(images()), batch_idx)["loss"]
 
 
 @pytest.mark.parametrize("anomalies", [0.0, 0.5])
 def test_the_decoder_does_without_some_of_the_bottleneck(anomalies, monkeypatch):
-    model = made(monkeypatch, bottleneck_dropout=0.25, synthetic_anomalies=anomalies)
+    model = in_training(ReverseDistillation, monkeypatch, bottleneck_dropout=0.25, synthetic_anomalies=anomalies)
     whole, handed_on = [], []
     model.model.bottleneck.register_forward_hook(lambda _module, _inputs, output: whole.append(output))
     model.model.decoder.register_forward_pre_hook(lambda _module, inputs: handed_on.append(inputs[0]))
@@ -45,7 +37,7 @@ def test_the_decoder_does_without_some_of_the_bottleneck(anomalies, monkeypatch)
 
 
 def test_what_it_does_without_is_drawn_for_each_batch(monkeypatch):
-    model = made(monkeypatch, bottleneck_dropout=0.5)
+    model = in_training(ReverseDistillation, monkeypatch, bottleneck_dropout=0.5)
     torch.manual_seed(3)
     first = step(model)
     torch.rand(5)
@@ -54,8 +46,8 @@ def test_what_it_does_without_is_drawn_for_each_batch(monkeypatch):
 
 
 def test_only_training_steps_have_a_noisy_bottleneck(monkeypatch):
-    model = made(monkeypatch, bottleneck_dropout=0.5)
-    usual = made(monkeypatch)
+    model = in_training(ReverseDistillation, monkeypatch, bottleneck_dropout=0.5)
+    usual = in_training(ReverseDistillation, monkeypatch)
     usual.load_state_dict(model.state_dict())
     monkeypatch.setattr(model.model.decoder, "forward", lambda _features: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -98,7 +90,10 @@ def test_what_flows_back_from_a_finer_layer_is_not_mined():
 @pytest.mark.parametrize("anomalies", [0.0, 0.5])
 def test_hard_mining_is_that_of_the_training_step(anomalies, monkeypatch):
     options = {"synthetic_anomalies": anomalies}
-    mined, usual = made(monkeypatch, hard_mining=0.9, **options), made(monkeypatch, **options)
+    mined, usual = (
+        in_training(ReverseDistillation, monkeypatch, hard_mining=0.9, **options),
+        in_training(ReverseDistillation, monkeypatch, **options),
+    )
     usual.load_state_dict(mined.state_dict())
     losses = [step(each) for each in (mined, usual)]
     assert torch.allclose(*losses)
@@ -109,7 +104,7 @@ def test_hard_mining_is_that_of_the_training_step(anomalies, monkeypatch):
 
 
 def test_the_decoder_is_kept_from_restoring_anomalies(monkeypatch):
-    model = made(monkeypatch, synthetic_anomalies=0.5, anomaly_weight=2.0, hard_mining=0.75)
+    model = in_training(ReverseDistillation, monkeypatch, synthetic_anomalies=0.5, anomaly_weight=2.0, hard_mining=0.75)
     loss = step(model)
     drawn, opacity = model.with_anomalies(images())
     before, after = (dict(zip("abc", each, strict=True)) for each in model.model(drawn))
@@ -119,7 +114,7 @@ def test_the_decoder_is_kept_from_restoring_anomalies(monkeypatch):
 
 @pytest.mark.parametrize("weight", [None, 2.0])
 def test_held_out_parts_are_judged_as_they_are_learnt(weight, monkeypatch):
-    model = made(monkeypatch, synthetic_anomalies=0.5, anomaly_weight=weight)
+    model = in_training(ReverseDistillation, monkeypatch, synthetic_anomalies=0.5, anomaly_weight=weight)
     with torch.no_grad():
         (before, after), shown = model.model(images()), copy.deepcopy(model.model)
         found, _ = ReverseDistillation.distil(shown, images())

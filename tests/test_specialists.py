@@ -8,7 +8,7 @@ from anomalib.data import ImageBatch
 from anomalib.models import ReverseDistillation as AnomalibReverseDistillation
 from anomalib.models import Stfpm as AnomalibStfpm
 from runs import small_run
-from students import SIZE, build, randomised
+from students import SIZE, build, in_training, randomised
 from torch import nn
 
 from uad_plugins.artifacts import Run
@@ -80,8 +80,7 @@ def batch_of(*categories):
 
 def step_of(cls, monkeypatch, **options):
     """A model and its specialists' networks, a batch, the loss of a training step, and what was drawn into the images."""
-    model = randomised(build(cls, synthetic_anomalies=1.0, **options)).train()
-    monkeypatch.setattr(model, "log", lambda *_, **__: None)
+    model = in_training(cls, monkeypatch, synthetic_anomalies=1.0, **options)
     model.specialists, networks = two(cls)
     batch = batch_of("nut", "bolt", "bolt", "nut")
     loss = model.training_step(batch)["loss"]

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from anomalib.data import ImageBatch
 from anomalib.models import ReverseDistillation as AnomalibReverseDistillation
 from anomalib.models import Stfpm as AnomalibStfpm
 from runs import small_run
-from students import SIZE, build, randomised
+from students import SIZE, build, good_batch, in_training
 from torch.nn import functional as F
 
 from uad_plugins.errors import UsageError
@@ -218,25 +217,19 @@ def test_what_cannot_be_seen_is_no_anomaly(make, filling):
     assert not changed.all()
 
 
-def batch_of(images):
-    return ImageBatch(image=images, gt_label=torch.zeros(len(images), dtype=torch.bool))
-
-
 @pytest.mark.parametrize("cls", [Stfpm, ReverseDistillation])
 def test_a_training_step_without_them_is_anomalibs(cls, monkeypatch):
-    model = randomised(build(cls)).train()
-    monkeypatch.setattr(model, "log", lambda *_, **__: None)
+    model = in_training(cls, monkeypatch)
     images = torch.rand(4, 3, *SIZE, generator=torch.Generator().manual_seed(0))
     assert model.anomalies is None
-    loss = model.training_step(batch_of(images))["loss"]
+    loss = model.training_step(good_batch(images))["loss"]
     assert torch.allclose(loss, model.loss(*model.model(images)))
 
 
 def test_stfpm_sees_the_defect_with_both_networks(monkeypatch):
-    model = randomised(build(Stfpm, synthetic_anomalies=1.0, anomaly_weight=2.0)).train()
-    monkeypatch.setattr(model, "log", lambda *_, **__: None)
+    model = in_training(Stfpm, monkeypatch, synthetic_anomalies=1.0, anomaly_weight=2.0)
     images = torch.rand(4, 3, *SIZE, generator=torch.Generator().manual_seed(0))
-    loss = model.training_step(batch_of(images))["loss"]
+    loss = model.training_step(good_batch(images))["loss"]
     drawn, opacity = model.with_anomalies(images)
     assert torch.allclose(loss, anomaly_loss(*model.model(drawn), opacity, 2.0).mean())
     assert not torch.allclose(loss, model.loss(*model.model(images)))
@@ -283,10 +276,9 @@ def test_each_purpose_of_a_batch_has_chances_of_its_own():
 
 @pytest.mark.parametrize("share", [0.5, 1.0])
 def test_reverse_distillation_restores_the_good_part(share, monkeypatch):
-    model = randomised(build(ReverseDistillation, synthetic_anomalies=share)).train()
-    monkeypatch.setattr(model, "log", lambda *_, **__: None)
+    model = in_training(ReverseDistillation, monkeypatch, synthetic_anomalies=share)
     images = torch.rand(4, 3, *SIZE, generator=torch.Generator().manual_seed(0))
-    loss = model.training_step(batch_of(images))["loss"]
+    loss = model.training_step(good_batch(images))["loss"]
     loss.backward()
     drawn, opacity = model.with_anomalies(images)
     count = (opacity.amax(dim=(1, 2, 3)) > 0).sum()
@@ -357,7 +349,7 @@ def test_a_student_learns_to_keep_its_distance(bank):
         torch.manual_seed(2)
         for _ in range(40):
             optimizer.zero_grad()
-            model.training_step(batch_of(normalize(parts[:16])))["loss"].backward()
+            model.training_step(good_batch(normalize(parts[:16])))["loss"].backward()
             optimizer.step()
         model.eval()
         drawn, opacity = unseen.draw(normalize(parts[16:]), normalize, seeded(3))

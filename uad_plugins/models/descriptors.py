@@ -61,13 +61,16 @@ def anomaly_loss(
     return torch.stack(losses).sum(dim=0)
 
 
+def well_learnt(apart: torch.Tensor, share: float, among: torch.Tensor | None = None) -> torch.Tensor:
+    """Return where distances are among their smallest, bool as they: the share is of those ``among`` which are counted."""
+    return apart < torch.quantile(apart if among is None else apart[among], share)
+
+
 def _mined(apart: torch.Tensor, good: torch.Tensor, share: float) -> torch.Tensor:
     """Return weights of the good places, of which those that are nearest count less: their mean is 1."""
     if not share or not good.any():
         return good
-    apart = apart.detach()
-    easy = apart < torch.quantile(apart[good > 0], share)
-    weights = good * torch.where(easy, EASY, 1.0)
+    weights = good * torch.where(well_learnt(apart.detach(), share, good > 0), EASY, 1.0)
     return weights * (good.sum() / weights.sum())
 
 

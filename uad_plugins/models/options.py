@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -15,6 +15,11 @@ FILLINGS: tuple[Filling, ...] = get_args(Filling)
 
 SOFT_EDGES = 0.5
 """Share of the synthetic anomalies whose edges fade."""
+
+Weight = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
+
+Part = Annotated[float, Field(ge=0, lt=1, strict=True)]
+"""A share that leaves something over."""
 
 
 class SyntheticAnomalyOptions(BaseModel):
@@ -60,12 +65,8 @@ class StfpmOptions(SyntheticAnomalyOptions):
         description="The student's, where it is not the teacher's: a timm ResNet whose features have the same shapes. "
         "Squeeze-and-excitation (seresnet18 for resnet18) lets it see which product it looks at.",
     )
-    anomaly_weight: float = Field(
-        ANOMALY_WEIGHT,
-        gt=0,
-        strict=True,
-        allow_inf_nan=False,
-        description="Weight of the distance from the teacher that the student keeps on synthetic anomalies.",
+    anomaly_weight: Weight = Field(
+        ANOMALY_WEIGHT, description="Weight of the distance from the teacher that the student keeps on synthetic anomalies."
     )
 
 
@@ -73,24 +74,15 @@ class ReverseDistillationOptions(SyntheticAnomalyOptions):
     """Options of Reverse Distillation."""
 
     anomaly_map_mode: str = Field("add", pattern="^(add|multiply)$", description="How the maps of the layers are combined.")
-    anomaly_weight: float | None = Field(
+    anomaly_weight: Weight | None = Field(
         None,
-        gt=0,
-        strict=True,
-        allow_inf_nan=False,
         description="Weight of the distance that the decoder keeps on synthetic anomalies; null: it restores the good part.",
     )
-    bottleneck_dropout: float = Field(
+    bottleneck_dropout: Part = Field(
         0.0,
-        ge=0,
-        lt=1,
-        strict=True,
         description="Share of the bottleneck's values that the decoder does without in training; 0 is the published recipe.",
     )
-    hard_mining: float = Field(
+    hard_mining: Part = Field(
         0.0,
-        ge=0,
-        lt=1,
-        strict=True,
         description="Share of the places, those restored best, that count a tenth of the others; 0 is the published recipe.",
     )

@@ -238,11 +238,11 @@ class DistillationRecipe:
         transform = getattr(getattr(self, "pre_processor", None), "transform", None)
         return self.anomalies.draw(images, transform or nn.Identity(), self.chances_of(batch_idx))
 
-    def chances_of(self, batch_idx: int, purpose: int = 0) -> torch.Generator:
+    def chances_of(self, batch_idx: int, *purpose: int) -> torch.Generator:
         """Return the source of chance for a training batch, on the CPU: another one for each purpose."""
         place: Any = self
-        of_this = [torch.initial_seed(), place.current_epoch, batch_idx, place.global_rank, *([purpose] if purpose else [])]
-        state = np.random.SeedSequence(of_this).generate_state(1, np.uint64)[0]
+        of_batch = [torch.initial_seed(), place.current_epoch, batch_idx, place.global_rank]
+        state = np.random.SeedSequence(of_batch, spawn_key=purpose).generate_state(1, np.uint64)[0]
         return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 
     def validation_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:

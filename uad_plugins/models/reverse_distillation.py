@@ -21,7 +21,7 @@ from uad_plugins.config import OptimizerConfig
 from uad_plugins.errors import UsageError
 from uad_plugins.models.backbones import CHECKPOINT, HUB, load_backbone, require_architecture
 from uad_plugins.models.conditional import RecognisingTeacher, condition, plain
-from uad_plugins.models.descriptors import EASY, anomaly_loss, distances, specialist_loss
+from uad_plugins.models.descriptors import EASY, anomaly_loss, distances, specialist_loss, well_learnt
 from uad_plugins.models.options import FILLINGS, SOFT_EDGES, Filling
 from uad_plugins.models.recipe import DistillationRecipe
 from uad_plugins.models.specialists import Parts, Specialists
@@ -74,8 +74,7 @@ class AnyLayoutLoss(ReverseDistillationLoss):
 
 def _held_back(before: torch.Tensor, after: torch.Tensor, share: float) -> torch.Tensor:
     """Return the decoder's features as they are, with a smaller gradient where they are nearest to the encoder's."""
-    apart = 1 - F.cosine_similarity(before.float(), after.detach().float())
-    easy = (apart < torch.quantile(apart, share))[:, None]
+    easy = well_learnt(1 - F.cosine_similarity(before.float(), after.detach().float()), share)[:, None]
     return torch.where(easy, after.detach() + EASY * (after - after.detach()), after)
 
 
@@ -243,7 +242,7 @@ class ReverseDistillation(DistillationRecipe, AnomalibReverseDistillation):
         model.encoder.eval()
         encoded = list(model.encoder(images).values())
         decoded = model.decoder(model.bottleneck(encoded))
-        if getattr(model, "by_places", False):
+        if model.by_places:
             losses = [each.mean(dim=(1, 2)) for each in distances(_by_layer(encoded), _by_layer(decoded))]
         else:
             losses = [

@@ -8,7 +8,7 @@ from anomalib.models import ReverseDistillation as AnomalibReverseDistillation
 from anomalib.models import Stfpm as AnomalibStfpm
 from anomalib.models.image.reverse_distillation.loss import ReverseDistillationLoss
 from anomalib.models.image.stfpm.loss import STFPMLoss
-from students import SIZE, build, features, randomised
+from students import SIZE, build, features, in_training, randomised
 from torch.nn import functional as F
 
 from uad_plugins.config import OptimizerConfig
@@ -146,3 +146,15 @@ def test_reverse_distillation_refuses_what_it_has_no_decoder_for():
 
 def test_cosine_ends_at_zero():
     assert math.isclose(learning_rate_factor(OptimizerConfig(schedule="cosine"), 2.0), 0.0, abs_tol=1e-12)
+
+
+@pytest.mark.parametrize("known", [(), ("nut", "ring")])
+@pytest.mark.parametrize("cls", [Stfpm, ReverseDistillation])
+def test_the_loss_depends_on_every_parameter_that_is_open(cls, known, monkeypatch):
+    """Processes that train together wait for the gradients of all of them."""
+    model = in_training(cls, monkeypatch, conditional_norm=bool(known), categories=known)
+    batch = UnifiedBatch(image=torch.rand(2, 3, *SIZE), gt_label=torch.zeros(2, dtype=torch.long), category=["nut", "ring"])
+    model.training_step(batch)["loss"].backward()
+    trained = {id(parameter) for parameter in model.trained_parameters() if parameter.requires_grad}
+    assert trained == {id(parameter) for parameter in model.model.parameters() if parameter.grad is not None}
+    assert trained == {id(parameter) for parameter in model.parameters() if parameter.requires_grad}

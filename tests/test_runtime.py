@@ -343,7 +343,8 @@ def test_the_runtime_extras_bring_no_torch(request, photos, tmp_path, extra, sta
     folder = tmp_path / "environment"
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
-    source = shutil.copytree(ROOT, tmp_path / "source", ignore=shutil.ignore_patterns(".git", ".venv", "*cache*"))
+    aside = shutil.ignore_patterns(".git", ".venv", "*cache*", "results", "runs")
+    source = shutil.copytree(ROOT, tmp_path / "source", ignore=aside)
     command = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check", "-c", ROOT / "constraints.txt"]
     done = subprocess.run([*command, f"{source}[{extra}]"], capture_output=True, text=True, timeout=280)
     if done.returncode != 0:

@@ -167,6 +167,7 @@ class ReverseDistillation(DistillationRecipe, AnomalibReverseDistillation):
         self.model.by_places = anomaly_weight is not None
         self.bottleneck_dropout = bottleneck_dropout
         self.conditional_norm = conditional_norm
+        self._close()
         self.set_products(categories)
         self.model.to(memory_format=torch.channels_last)
         self.set_anomalies(synthetic_anomalies, anomaly_fillings, anomaly_soft_edges, specialists)
@@ -186,6 +187,12 @@ class ReverseDistillation(DistillationRecipe, AnomalibReverseDistillation):
         self.model.encoder = RecognisingTeacher(encoder, sum(encoder.out_dims), products)
         for student in self.model.bottleneck, self.model.decoder:
             condition(student, self.model.encoder)
+        self._close()
+
+    def _close(self) -> None:
+        """Close what takes no part in the loss and anomalib leaves open: processes that train together would wait for it."""
+        for part in self.model.encoder, self.model.bottleneck.conv4, self.model.bottleneck.bn4:
+            part.requires_grad_(False)
 
     def training_step(self, batch: Any, batch_idx: int = 0, *args: Any, **kwargs: Any) -> Any:
         """Return the loss of a batch, through a noisy bottleneck where there is to be one."""

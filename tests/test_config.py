@@ -170,6 +170,9 @@ def test_every_key_has_a_description():
 def test_recipes_that_ship_are_found_by_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert find_config(Path("stfpm_short")) == recipe_path("stfpm_short")
+    (tmp_path / "stfpm_short").mkdir()
+    assert find_config(Path("stfpm_short")) == recipe_path("stfpm_short")
+    (tmp_path / "stfpm_short").rmdir()
     (tmp_path / "stfpm_short").write_text("seed: 1")
     assert find_config(Path("stfpm_short")) == Path("stfpm_short")
     with pytest.raises(UadxError) as error:

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from uad_plugins.data.check import ERROR, WARNING, CategoryReport, Problem, check_data, require_readable, unreadable
-from uad_plugins.data.layouts import scan
+from uad_plugins.data.layouts import left_out, scan
 from uad_plugins.errors import UadxError
 
 
@@ -139,6 +139,25 @@ def test_masks_of_categories_left_out_are_no_problem(bolt, mvtec, mask):
     mvtec(bolt, "nut", train=20)
     mask(bolt / "nut/ground_truth/crack/009_mask.png")
     assert problems(bolt, categories=["bolt"]) == []
+
+
+def test_folders_of_images_in_no_category_are_named(bolt, picture, tmp_path, uadx):
+    for name in ("nut/good/1.png", "nut/bad/2.png", "ring/3.png", "trian/trian/good/4.png", "bolt/train/5.png", "6.png"):
+        picture(bolt / name)
+    picture(tmp_path / "elsewhere" / "good" / "7.png")
+    (bolt / "linked").symlink_to(bolt / "bolt")
+    (bolt / "bolt" / "test" / "elsewhere").symlink_to(bolt / "elsewhere")
+    assert left_out(bolt, scan(bolt)) == {".": 1, "bolt/train": 1, "nut": 2, "ring": 1, "trian": 1}
+    status, out, _ = uadx("data", "check", bolt)
+    assert status == 0
+    assert "warning: nut: images here that belong to no category: 2\n" in out
+
+
+def test_beside_an_index_there_may_be_other_images(bolt, picture):
+    picture(bolt / "nut" / "good" / "1.png")
+    (bolt / "index.csv").write_text("path,category,split,label\nbolt/train/good/000.png,bolt,train,good\n")
+    assert left_out(bolt, scan(bolt)) == left_out(bolt, scan(bolt, "mvtec"), "index") == {}
+    assert left_out(bolt, scan(bolt, "mvtec"), "mvtec") == {"nut": 1}
 
 
 def test_a_product_called_mask_has_no_orphan_masks(tmp_path, mvtec):

@@ -116,10 +116,10 @@ def test_what_exists_is_never_overwritten(tmp_path, occupied):
     assert list(tmp_path.iterdir()) == [out]
 
 
-@pytest.mark.parametrize("options", [{"side": 31}, {"train": 1}, {"test": -1}])
-def test_numbers_without_sense_are_refused_before_anything_is_made(tmp_path, options):
-    with pytest.raises(UsageError, match="a side of at least 32 pixels and 2 training images a product"):
-        small(tmp_path / "out", **options)
+@pytest.mark.parametrize(("name", "number", "least"), [("side", 31, 32), ("train", 1, 2), ("test", -1, 0)])
+def test_numbers_without_sense_are_refused_before_anything_is_made(tmp_path, name, number, least):
+    with pytest.raises(UsageError, match=f"{name} of a synthetic data set must be at least {least}, not {number}"):
+        small(tmp_path / "out", **{name: number})
     assert list(tmp_path.iterdir()) == []
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from uad_plugins.data.layouts import scan
 from uad_plugins.data.samples import PackedStrings, Sample, SampleTable, hold_out, in_test_share, relative_to
 from uad_plugins.errors import UadxError, UsageError
 
@@ -49,6 +53,27 @@ def test_packed_strings_give_back_what_went_in(strings):
     assert list(packed) == strings
     assert [packed[i - len(strings)] for i in range(len(strings))] == strings
     assert list(pickle.loads(pickle.dumps(packed))) == strings
+
+
+def test_many_images_are_indexed_unopened_and_kept_in_little_memory(tmp_path, monkeypatch):
+    """The path, and less than 40 bytes for each image; as little goes to a worker process."""
+    folders = [tmp_path / category / "train" / "good" for category in ("bolt", "nut")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        for number in range(5000):
+            (folder / f"{number:05d}.png").touch()
+    monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("an image was opened"))
+    scan(tmp_path)
+    tracemalloc.start()
+    try:
+        table = hold_out(scan(tmp_path), 0.1, 0)
+        gc.collect()
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    paths = sum(len(path) for path in table.paths)
+    assert len(table) == 10_000
+    assert max(kept, len(pickle.dumps(table))) < paths + 40 * len(table)
 
 
 def test_a_table_is_ordered_by_category_and_path(mixed):

@@ -68,6 +68,7 @@ def test_both_logs_are_written(trained):
 def test_metrics_say_what_was_done(trained):
     metrics = read_json(trained / "metrics.json")
     assert (metrics["epochs"], metrics["samples_seen"], metrics["processes"]) == (2, 54, 1)
+    assert metrics["device"].startswith(("cpu", "cuda: ", "mps"))
     assert metrics["best_epoch"] in {1, 2}
     assert set(metrics["val_loss_per_category"]) == {"connector", "fabric", "washer"}
     assert np.mean(list(metrics["val_loss_per_category"].values())) >= metrics["best_val_loss"] - 1e-6
@@ -139,6 +140,10 @@ def test_best_f1_is_taken_where_labelled_validation_images_are_given(products, t
         ({"trainer": {"strategy": "ddp_spawn"}}, "ddp_spawn trains in copies of this process"),
         ({"trainer": {"strategy": "ddp_fork_find_unused_parameters_true"}}, "trains in copies of this process"),
         ({"trainer": {"strategy": "ddp_notebook"}}, "ddp_notebook trains in copies of this process"),
+        ({"trainer": {"precision": "half"}}, "trainer.precision: 'half' cannot be used here: "),
+        ({"trainer": {"strategy": "dpp"}}, "trainer.strategy: 'dpp' cannot be used here: "),
+        ({"trainer": {"limit_train_batches": "few"}}, "trainer.limit_train_batches: 'few' cannot be used here: "),
+        ({"trainer": {"accelerator": "cpu", "devices": "2x"}}, "trainer.devices: '2x' cannot be used here: "),
         ({"model": {"weights": "nowhere.pth"}}, "no such file or folder of backbone weights"),
         ({"model": {"backbone": "resnet19"}}, "unknown backbone 'resnet19'"),
         ({"data": {"categories": ["fabrik"]}}, "unknown category 'fabrik'"),
@@ -213,6 +218,7 @@ def test_a_foreign_folder_is_not_touched(products, tmp_path):
         ("nowhere", {}, "no such file or folder"),
         (None, {"model": {"weights": "nowhere.pth"}}, "no such file or folder of backbone weights"),
         (None, {"data": {"categories": ["fabrik"]}}, "unknown category"),
+        (None, {"trainer": {"accelerator": "abacus"}}, "trainer.accelerator: 'abacus' cannot be used here"),
     ],
 )
 def test_a_run_is_replaced_only_when_its_successor_can_begin(products, trained, tmp_path, data, over, message):
@@ -222,6 +228,28 @@ def test_a_run_is_replaced_only_when_its_successor_can_begin(products, trained, 
         small_run(products if data is None else tmp_path / data, run, over, overwrite=True)
     assert {path.name: path.stat().st_mtime_ns for path in run.iterdir()} == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+def test_a_finished_run_is_not_reopened_by_what_cannot_be_trained_with(products, trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    before = {path.name: path.stat().st_mtime_ns for path in run.iterdir()}
+    over = {"trainer": {"max_epochs": 3, "accelerator": "abacus"}}
+    with pytest.raises(UsageError, match="trainer.accelerator: 'abacus' cannot be used here"):
+        small_run(products, run, over, resume=True, given=over)
+    assert {path.name: path.stat().st_mtime_ns for path in run.iterdir()} == before
+
+
+def test_images_of_another_shape_are_named_before_training(mvtec, picture, tmp_path):
+    data = mvtec(tmp_path / "data", "bolt", train=4)
+    for name in ("nut/good/1.png", "nut/good/2.png", "loose.png"):
+        picture(data / name)
+    said = []
+    small_run(data, tmp_path / "run", {"trainer": {"max_epochs": 1}}, tell=said.append)
+    note = "note: images that belong to no category are left out: . (1), nut (2); docs/data.md shows the layouts"
+    assert said == [note]
+    chosen = {"trainer": {"max_epochs": 1}, "data": {"categories": ["bolt"]}}
+    small_run(data, tmp_path / "chosen", chosen, tell=said.append)
+    assert said == [note]
 
 
 def test_two_trainings_cannot_write_to_one_run(products, tmp_path):
@@ -267,8 +295,12 @@ def test_methods_without_a_backbone_refuse_weights(products, tmp_path):
 
 def test_a_finished_run_can_be_trained_on(products, trained, tmp_path):
     run = shutil.copytree(trained, tmp_path / "run")
+    first = Run(run).manifest()
+    Run(run).write_manifest(first.model_copy(update={"versions": {"torch": "2.0"}, "command": ["uadx", "train"]}))
     metrics = train(small_config(), products, run, given={"trainer": {"max_epochs": 4}}, resume=True, interactive=False)
     assert (metrics["epochs"], metrics["samples_seen"]) == (4, 108)
+    assert Run(run).manifest().earlier == [{"versions": {"torch": "2.0"}, "command": ["uadx", "train"]}]
+    assert Run(run).manifest().versions == first.versions
 
 
 def test_a_resumed_training_keeps_its_configuration(trained):

@@ -131,6 +131,7 @@ class RunManifest(BaseModel):
     weights: dict[str, Any] | None = None
     versions: dict[str, str] = Field(default_factory=versions)
     command: list[str] = Field(default_factory=lambda: list(sys.argv))
+    earlier: list[dict[str, Any]] = Field(default_factory=list, description="Versions and command before each resumption.")
     checkpoint_sha256: str | None = None
     method: dict[str, Any] = Field(default_factory=dict)
 

@@ -119,11 +119,12 @@ def find_config(path: Path) -> Path:
     Raises:
         UadxError: There is neither.
     """
+    recipes = {file.stem: file for file in sorted(recipe_path("stfpm").parent.glob("*.yaml"))}
+    # Runs are often named after their recipe: a folder of that name does not hide it.
+    if not path.is_file() and path.name == str(path) and path.stem in recipes:
+        return recipes[path.stem]
     if path.exists():
         return path
-    recipes = {file.stem: file for file in sorted(recipe_path("stfpm").parent.glob("*.yaml"))}
-    if path.name == str(path) and path.stem in recipes:
-        return recipes[path.stem]
     raise UadxError(f"{path}: no such configuration file", f"give a path, or a recipe that ships: {', '.join(recipes)}")
 
 

@@ -114,9 +114,7 @@ def diagnose() -> list[Diagnosis]:
             missing = [d for d in _of(item.requires, packages) if not d.usable]
             if missing:
                 detail = "; ".join(f"{d.name} {d.detail}" for d in missing)
-                found.append(
-                    Diagnosis(kind, item.name, False, f"needs {detail}", "; ".join(dict.fromkeys(d.fix for d in missing)))
-                )
+                found.append(Diagnosis(kind, item.name, False, detail, "; ".join(dict.fromkeys(d.fix for d in missing))))
             else:
                 found.append(Diagnosis(kind, item.name, True, item.summary))
     found += [

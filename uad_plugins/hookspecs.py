@@ -77,6 +77,8 @@ class LayoutPlugin:
             directory entries alone and open no image.
         scan: Root -> its samples, in any order, without opening an image.
         priority: Decides between layouts that are equally confident; higher wins.
+        exhaustive: Whether every image below the root is meant, so that the user is told of those that ``scan`` left out;
+            False where somebody chose (an index file).
     """
 
     name: str
@@ -84,6 +86,7 @@ class LayoutPlugin:
     recognise: Callable[[Path], float]
     scan: Callable[[Path], Iterable[Sample]]
     priority: int = 0
+    exhaustive: bool = True
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -186,12 +186,15 @@ def _inspect_mask(sample: Sample, size: tuple[int, int]) -> tuple[str, str] | No
     return None
 
 
-def check_data(table: SampleTable, progress: Progress | None = None) -> DataReport:
+def check_data(
+    table: SampleTable, progress: Progress | None = None, *, left_out: Mapping[str, int] | None = None
+) -> DataReport:
     """Decode every image and mask and report counts and problems.
 
     Args:
         table: The samples as a layout found them, nothing held out yet.
         progress: Called as images are done.
+        left_out: Folders of images that the layout did not take, see ``layouts.left_out``.
     """
     reports = {name: CategoryReport() for name in table.categories}
     problems: list[Problem] = []
@@ -207,6 +210,10 @@ def check_data(table: SampleTable, progress: Progress | None = None) -> DataRepo
             if progress is not None:
                 progress(index + 1, len(table))
     problems += [*_duplicates(table, seen), *_category_problems(table), *_folder_problems(table)]
+    problems += [
+        Problem(WARNING, "images-left-out", folder, f"images here that belong to no category: {number}")
+        for folder, number in (left_out or {}).items()
+    ]
     return DataReport(reports, sorted(problems, key=lambda p: (p.severity, p.kind, p.path)))
 
 

@@ -14,5 +14,5 @@ def uadx_register_layouts() -> list[LayoutPlugin]:
         LayoutPlugin("visa", visa.SUMMARY, visa.recognise, visa.scan),
         LayoutPlugin("folder", folder.SUMMARY, folder.recognise, folder.scan),
         # Whoever writes an index means it, whatever else the folder looks like.
-        LayoutPlugin("index", index.SUMMARY, index.recognise, index.scan, priority=1),
+        LayoutPlugin("index", index.SUMMARY, index.recognise, index.scan, priority=1, exhaustive=False),
     ]

@@ -10,7 +10,7 @@ from anomalib.models import AnomalibModule
 from lightning.pytorch import Trainer
 
 from uad_plugins.config import TrainConfig, unknown_key
-from uad_plugins.errors import UsageError
+from uad_plugins.errors import UsageError, reason_of
 from uad_plugins.models.recipe import DistillationRecipe
 
 COPYING = ("ddp_spawn", "ddp_fork", "ddp_notebook")
@@ -63,6 +63,37 @@ def check_trainer_arguments(arguments: Mapping[str, Any]) -> None:
     epochs = arguments.get("max_epochs")
     if epochs is not None and (not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 1):
         raise UsageError(f"trainer.max_epochs: must be a whole number of at least 1, not {epochs!r}")
+
+
+def check_trainer_can_be_built(arguments: Mapping[str, Any]) -> None:
+    """Refuse values that Lightning's Trainer refuses on this machine: one is built for trial, and nothing written.
+
+    Args:
+        arguments: The whole section, with what the model asks for.
+
+    Raises:
+        UsageError: It cannot be built; the message names the argument without which it could.
+    """
+    reason = _refusal(arguments)
+    if reason is None:
+        return
+    rest = {name: {key: value for key, value in arguments.items() if key != name} for name in arguments}
+    culprit = next((name for name in arguments if _refusal(rest[name]) is None), None)
+    where = "trainer" if culprit is None else f"trainer.{culprit}: {arguments[culprit]!r}"
+    raise UsageError(
+        f"{where} cannot be used here: {reason}", "correct or remove it; 'uadx doctor' says what this machine has"
+    )
+
+
+def _refusal(arguments: Mapping[str, Any]) -> str | None:
+    """Return why Lightning builds no Trainer of these, in one line; None where it does."""
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    try:
+        Trainer(**{**arguments, **quiet})
+    except Exception as error:
+        # Wrong types, devices that are not there, packages that are missing: each has an error of its own.
+        return reason_of(error)
+    return None
 
 
 def fit_trainer_arguments(config: TrainConfig, model: AnomalibModule, given: Mapping[str, Any]) -> TrainConfig:

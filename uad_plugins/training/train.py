@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from uad_plugins.artifacts import MANIFEST, Run, RunManifest, sha256_of, versions, write_json
 from uad_plugins.config import TrainConfig, model_plugin, ratio_scale
 from uad_plugins.data.datamodule import UnifiedDataModule
+from uad_plugins.data.layouts import left_out
 from uad_plugins.data.pixel_cache import PixelCache
 from uad_plugins.data.samples import (
     ANOMALOUS,
@@ -32,7 +33,7 @@ from uad_plugins.models.recipe import DistillationRecipe
 from uad_plugins.models.specialists import Specialists
 from uad_plugins.models.torch_detector import TorchDetector
 from uad_plugins.progress import Progress
-from uad_plugins.training.arguments import check_trainer_arguments, fit_trainer_arguments
+from uad_plugins.training.arguments import check_trainer_arguments, check_trainer_can_be_built, fit_trainer_arguments
 from uad_plugins.training.callbacks import FiniteLoss, HeldOutLoss, SampleCount, TrainingProgress
 from uad_plugins.training.checkpointing import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, epochs_of
 from uad_plugins.training.quiet import quiet_libraries
@@ -96,6 +97,8 @@ def train(
         seed_everything(config.seed, workers=True, verbose=False)
         module = datamodule(config, data)
         table = module.index()
+        if tell is not None and main_process():
+            _tell_what_is_left_out(config, data, table, tell)
         check_thresholds(config, table)
         if resuming:
             held_out = run.held_out()
@@ -110,6 +113,7 @@ def train(
             if resumes:
                 check_same_specialists(run.manifest(), _method(model))
         config = fit_trainer_arguments(config, model, given or {})
+        check_trainer_can_be_built(config.trainer)
         if resumes:
             check_epochs(run, epochs_of(run.last_checkpoint, model), config.trainer.get("max_epochs"))
         cache = pixel_cache(cache_path(run.folder), config, table)
@@ -126,7 +130,9 @@ def train(
                 if tell is not None and isinstance(model, DistillationRecipe) and model.specialists is not None:
                     _tell_what_specialists_saw(model.specialists, module.table, tell)
                 if resuming:
-                    manifest.weights = run.manifest().weights
+                    before = run.manifest()
+                    manifest.weights = before.weights
+                    manifest.earlier = [*before.earlier, before.model_dump(include={"versions", "command"})]
                 write_start(run, config, manifest, module.table, module.skipped, fresh=not resuming)
             fitted = _fit(run, config, module, model, interactive=interactive)
             if not fitted["main"]:
@@ -158,6 +164,14 @@ def check_thresholds(config: TrainConfig, table: SampleTable) -> None:
             "thresholds.method best-f1 needs defective images in the validation split",
             "mark some 'val' in an index file, or use normal-fpr and set thresholds later with 'uadx thresholds'",
         )
+
+
+def _tell_what_is_left_out(config: TrainConfig, data: str | Path, table: SampleTable, tell: Callable[[str], None]) -> None:
+    """Say which folders of images are in no category, where the user has not chosen categories."""
+    found = {} if config.data.categories else left_out(data, table, config.data.layout)
+    if found:
+        named = ", ".join(f"{folder} ({number})" for folder, number in found.items())
+        tell(f"note: images that belong to no category are left out: {named}; docs/data.md shows the layouts")
 
 
 def _tell_what_specialists_saw(specialists: Specialists, table: SampleTable, tell: Callable[[str], None]) -> None:
@@ -229,7 +243,7 @@ def _manifest(
             "skipped": len(module.skipped),
         },
         weights=asdict(record) if record else None,
-        versions=versions(),
+        versions=versions() | ({"cuda": str(torch.version.cuda)} if torch.cuda.is_available() else {}),
         method=_method(model),
     )
 
@@ -285,9 +299,15 @@ def _fit(
         "seconds": seen.seconds,
         "samples_seen": seen.seen,
         "processes": trainer.world_size,
+        "device": _name_of(trainer.strategy.root_device),
         "method": _method(model),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
+
+
+def _name_of(device: torch.device) -> str:
+    """Return what a device is: scores of a CPU and of a GPU are not the same to the bit."""
+    return f"cuda: {torch.cuda.get_device_name(device)}" if device.type == "cuda" else device.type
 
 
 def _finish(

@@ -27,11 +27,11 @@ def check(
     The exit status is 1 when something would break training.
     """
     from uad_plugins.data.check import check_data
-    from uad_plugins.data.layouts import scan
+    from uad_plugins.data.layouts import left_out, scan
 
     samples = scan(data, layout)
     with counting("checking images") as progress:
-        report = check_data(samples, progress)
+        report = check_data(samples, progress, left_out=left_out(data, samples, layout))
     if as_json:
         emit_json(report.as_dict())
     else:
@@ -68,9 +68,11 @@ def _some(counts: dict[str, int]) -> str:
 @app.command()
 def synth(
     out: Annotated[Path, typer.Argument(help="Folder to make.", metavar="OUT")],
-    size: Annotated[int, typer.Option("--size", max=8192, help="Side of an image in pixels.")] = 256,
-    train: Annotated[int, typer.Option("--train", help="Training images of each product.")] = 60,
-    test: Annotated[int, typer.Option("--test", help="Good test images of each product; as many defective ones.")] = 24,
+    size: Annotated[int, typer.Option("--size", min=32, max=8192, help="Side of an image in pixels.")] = 256,
+    train: Annotated[int, typer.Option("--train", min=2, help="Training images of each product.")] = 60,
+    test: Annotated[
+        int, typer.Option("--test", min=0, help="Good test images of each product; as many defective ones.")
+    ] = 24,
     product: Annotated[list[str] | None, typer.Option("--product", help="This product alone (repeatable).")] = None,
     seed: Annotated[int, typer.Option("--seed", help="The same seed makes the same images.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,

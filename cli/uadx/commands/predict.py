@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from threading import Event
 from typing import Annotated, Any
@@ -59,7 +60,10 @@ def predict(
     if not paths:
         raise UsageError("no image to predict", "give files, folders or globs, or a folder to watch: --watch DIR")
     out = result_folder(out)
-    files = find_images(paths)
+    found = {word: find_images([word]) for word in paths}
+    files = list(dict.fromkeys(chain.from_iterable(found.values())))
+    for word in (word for word, images in found.items() if files and not images):
+        note(f"note: no image in {word}; heat maps of earlier calls are none")
     rows: list[dict[str, Any]] = []
     with open_detector(run, engine) as detector, counting("scoring images") as progress:
         for row in score(

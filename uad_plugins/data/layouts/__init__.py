@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from uad_plugins.data.samples import SampleTable
-from uad_plugins.errors import UadxError
+from uad_plugins.data.layouts.walking import MASK_FOLDERS, walk
+from uad_plugins.data.samples import SampleTable, relative_to
+from uad_plugins.errors import UadxError, UsageError
 from uad_plugins.hookspecs import LayoutPlugin
 from uad_plugins.registry import registry
 
@@ -51,6 +53,8 @@ def scan(root: str | Path, layout: str | None = None, categories: Sequence[str] 
         UadxError: The root does not exist, has no known layout, or holds no image.
         UsageError: Unknown layout or category.
     """
+    if not str(root).strip():
+        raise UsageError("the path of the data is empty", "name a folder of images, or an index file; '.' for this folder")
     # ``..`` would be taken for the name of a category; links keep their names.
     root = Path(os.path.abspath(Path(root).expanduser()))  # noqa: PTH100
     if not root.exists():
@@ -62,7 +66,7 @@ def scan(root: str | Path, layout: str | None = None, categories: Sequence[str] 
         pass
     except OSError as error:
         raise UadxError(f"{root}: cannot be read: {error.strerror}", "check its permissions") from error
-    plugin = registry().get("layout", layout) if layout else recognise(root)
+    plugin = _layout_of(root, layout)
     table = SampleTable(plugin.scan(root), root if root.is_dir() else root.parent)
     if len(table) == 0:
         raise UadxError(
@@ -70,3 +74,46 @@ def scan(root: str | Path, layout: str | None = None, categories: Sequence[str] 
             f"expected {plugin.summary}; name another with --layout",
         )
     return table.only(categories) if categories else table
+
+
+def left_out(root: str | Path, table: SampleTable, layout: str | None = None) -> dict[str, int]:
+    """Count the images below the root that belong to no category, as those of a product whose folder has another shape.
+
+    Args:
+        root: Folder or index file, as ``scan`` was given it.
+        table: What ``scan`` found there, with all categories.
+        layout: As ``scan`` was given it.
+
+    Returns:
+        Number of images by folder, relative to the root: the topmost one none of whose images is in the table. Empty where
+        somebody chose the images (an index file). Mask folders are looked at by ``check_data``.
+    """
+    place = Path(os.path.abspath(Path(root).expanduser()))  # noqa: PTH100
+    if not _layout_of(place, layout).exhaustive:
+        return {}
+    known = {*table.paths, *table.masks}
+    strays = [
+        path
+        for folder, found in walk(table.root, lambda _, error: None)
+        if not MASK_FOLDERS.intersection(part.lower() for part in Path(relative_to(folder, table.root)).parts)
+        for path in found
+        if path not in known
+    ]
+    if strays:
+        # Folders that links lead to have several names.
+        real = {os.path.realpath(path) for path in known if path}
+        strays = [path for path in strays if os.path.realpath(path) not in real]
+    homes = {folder for path in table.paths for folder in Path(path).parents}
+    counts: Counter[str] = Counter()
+    for path in strays:
+        above = list(Path(path).parents)
+        top = next(
+            (folder for folder in reversed(above) if folder.is_relative_to(table.root) and folder not in homes), above[0]
+        )
+        counts[top.relative_to(table.root).as_posix()] += 1
+    return dict(sorted(counts.items()))
+
+
+def _layout_of(root: Path, layout: str | None) -> LayoutPlugin:
+    plugin: LayoutPlugin = registry().get("layout", layout) if layout else recognise(root)
+    return plugin

@@ -77,8 +77,9 @@ def synthesize(
     for name in names:
         if name not in PRODUCTS:
             raise unknown_name("product", name, PRODUCTS)
-    if side < 32 or train < 2 or test < 0:
-        raise UsageError("a synthetic data set needs a side of at least 32 pixels and 2 training images a product")
+    for name, number, least in (("side", side, 32), ("train", train, 2), ("test", test, 0)):
+        if number < least:
+            raise UsageError(f"{name} of a synthetic data set must be at least {least}, not {number}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UadxError(f"{out}: exists and is not an empty folder", "name a new folder")
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -111,6 +111,14 @@ def test_blank_lines_above_the_heading_of_an_index_are_skipped(tmp_path, blank):
         scan(file)
 
 
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_an_index_of_a_spreadsheet_may_have_other_separators(tmp_path, separator):
+    file = write_index(tmp_path / "index.csv", INDEX)
+    expected = list(scan(file))
+    file.write_text(file.read_text().replace(",", separator))
+    assert list(scan(file)) == expected
+
+
 def test_a_misspelt_index_column_is_found(tmp_path):
     file = tmp_path / "index.csv"
     file.write_text("path,kategory,split,label\na.png,bolt,train,0\n")

@@ -94,7 +94,10 @@ def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _csv_rows(handle: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(handle)
+    heading = next((line for line in handle if line.strip()), "")
+    handle.seek(0)
+    # Spreadsheets write semicolons where the comma is the decimal point.
+    reader = csv.DictReader(handle, delimiter=max(",;\t", key=heading.count))
     # Blank lines above the heading are none.
     while reader.fieldnames is not None and not any(name.strip() for name in reader.fieldnames):
         reader.fieldnames = None

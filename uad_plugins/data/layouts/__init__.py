@@ -55,8 +55,7 @@ def scan(root: str | Path, layout: str | None = None, categories: Sequence[str] 
     """
     if not str(root).strip():
         raise UsageError("the path of the data is empty", "name a folder of images, or an index file; '.' for this folder")
-    # ``..`` would be taken for the name of a category; links keep their names.
-    root = Path(os.path.abspath(Path(root).expanduser()))  # noqa: PTH100
+    root = _absolute(root)
     if not root.exists():
         raise UadxError(f"{root}: no such file or folder", "check the path of the data")
     try:
@@ -88,8 +87,7 @@ def left_out(root: str | Path, table: SampleTable, layout: str | None = None) ->
         Number of images by folder, relative to the root: the topmost one none of whose images is in the table. Empty where
         somebody chose the images (an index file). Mask folders are looked at by ``check_data``.
     """
-    place = Path(os.path.abspath(Path(root).expanduser()))  # noqa: PTH100
-    if not _layout_of(place, layout).exhaustive:
+    if not _layout_of(_absolute(root), layout).exhaustive:
         return {}
     known = {*table.paths, *table.masks}
     strays = [
@@ -112,6 +110,11 @@ def left_out(root: str | Path, table: SampleTable, layout: str | None = None) ->
         )
         counts[top.relative_to(table.root).as_posix()] += 1
     return dict(sorted(counts.items()))
+
+
+def _absolute(root: str | Path) -> Path:
+    """Return the root without ``..``, which would be taken for the name of a category; links keep their names."""
+    return Path(os.path.abspath(Path(root).expanduser()))  # noqa: PTH100
 
 
 def _layout_of(root: Path, layout: str | None) -> LayoutPlugin:

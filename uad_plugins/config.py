@@ -66,6 +66,23 @@ class DataConfig(Section):
         return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
 
 
+class AugmentationConfig(Section):
+    """How training images are varied: by what a good part may look like at the line, and no more. 0 varies nothing."""
+
+    share: float = Field(0.7, ge=0, le=1, description="Probability of each variation of an image; of each flip, half of it.")
+    shift: float = Field(0.0, ge=0, le=0.5, description="Largest shift, as a share of the image's sides.")
+    rotate: float = Field(0.0, ge=0, le=180, description="Largest angle, in degrees.")
+    scale: float = Field(0.0, ge=0, le=0.5, description="Largest change of size, as a share of it.")
+    flip: Literal["none", "horizontal", "vertical", "both"] = Field("none", description="Whether images may be mirrored.")
+    brightness: float = Field(0.0, ge=0, lt=1, description="Largest change of brightness, as a share of the full range.")
+    contrast: float = Field(0.0, ge=0, lt=1, description="Largest change of contrast, as a share of it.")
+
+    def __bool__(self) -> bool:
+        """Whether anything varies."""
+        varied = self.model_dump(exclude={"share", "flip"}).values()
+        return self.share > 0 and (any(varied) or self.flip != "none")
+
+
 class OptimizerConfig(Section):
     """How the weights are updated. A method from ``anomalib:`` brings its own optimizer; this section is then unused."""
 
@@ -92,6 +109,7 @@ class TrainConfig(Section):
 
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataConfig = Field(default_factory=DataConfig)
+    augmentation: AugmentationConfig = Field(default_factory=AugmentationConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     thresholds: ThresholdConfig = Field(default_factory=ThresholdConfig)
     trainer: dict[str, Any] = Field(

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from anomalib.post_processing import PostProcessor
 from torch import nn, optim
@@ -15,6 +14,7 @@ from torch import nn, optim
 from uad_plugins.config import OptimizerConfig
 from uad_plugins.errors import UadxError, UsageError
 from uad_plugins.models.backbones import CHECKPOINT, WeightsRecord
+from uad_plugins.models.chances import ANOMALIES, chances_of
 from uad_plugins.models.conditional import OPTION, RecognisingTeacher, rows_of
 from uad_plugins.models.options import Filling
 from uad_plugins.models.passes import batches
@@ -231,19 +231,11 @@ class DistillationRecipe:
     def with_anomalies(self, images: torch.Tensor, batch_idx: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """Draw synthetic anomalies into training images, normalised as they are; see ``SyntheticAnomalies.draw``.
 
-        Seed, epoch, batch and process alone say which: a resumed training sees those that an unbroken one would, and each
-        process others.
+        Which, the chances of the batch say; see ``chances``.
         """
         assert self.anomalies is not None
         transform = getattr(getattr(self, "pre_processor", None), "transform", None)
-        return self.anomalies.draw(images, transform or nn.Identity(), self.chances_of(batch_idx))
-
-    def chances_of(self, batch_idx: int, *purpose: int) -> torch.Generator:
-        """Return the source of chance for a training batch, on the CPU: another one for each purpose."""
-        place: Any = self
-        of_batch = [torch.initial_seed(), place.current_epoch, batch_idx, place.global_rank]
-        state = np.random.SeedSequence(of_batch, spawn_key=purpose).generate_state(1, np.uint64)[0]
-        return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+        return self.anomalies.draw(images, transform or nn.Identity(), chances_of(self, batch_idx, ANOMALIES))
 
     def validation_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """Predict, and note the loss of each image in ``held_out_loss``."""

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from uad_plugins.config import OptimizerConfig
 from uad_plugins.errors import UsageError
 from uad_plugins.models.backbones import CHECKPOINT, HUB, load_backbone, require_architecture
+from uad_plugins.models.chances import DROPOUT, chances_of
 from uad_plugins.models.conditional import RecognisingTeacher, condition, plain
 from uad_plugins.models.descriptors import EASY, anomaly_loss, distances, specialist_loss, well_learnt
 from uad_plugins.models.options import FILLINGS, SOFT_EDGES, Filling
@@ -40,9 +41,6 @@ BACKBONES = [
     "wide_resnet101_2",
 ]
 """Backbones for which the method has a mirrored decoder."""
-
-DROPOUT = 1
-"""Purpose of a training batch's chances."""
 
 
 class AnyLayoutLoss(ReverseDistillationLoss):
@@ -198,11 +196,13 @@ class ReverseDistillation(DistillationRecipe, AnomalibReverseDistillation):
         """Return the loss of a batch, through a noisy bottleneck where there is to be one."""
         if not self.bottleneck_dropout:
             return super().training_step(batch, batch_idx, *args, **kwargs)
-        chances, kept = self.chances_of(batch_idx, DROPOUT), 1 - self.bottleneck_dropout
+        kept = 1 - self.bottleneck_dropout
 
         def drop(_module: nn.Module, _inputs: Any, features: torch.Tensor) -> torch.Tensor:
-            mask = torch.empty(features.shape, dtype=torch.bool).bernoulli_(kept, generator=chances)
-            return features * mask.to(features.device) / kept
+            # Two million values of a batch: on their own device.
+            chances = chances_of(self, batch_idx, DROPOUT, features.device)
+            mask = torch.empty(features.shape, dtype=torch.bool, device=features.device).bernoulli_(kept, generator=chances)
+            return features * mask / kept
 
         # Only here: held-out images, exports and quantization-aware training see the bottleneck as it is.
         hook = self.model.bottleneck.register_forward_hook(drop)

@@ -34,6 +34,7 @@ from uad_plugins.models.specialists import Specialists
 from uad_plugins.models.torch_detector import TorchDetector
 from uad_plugins.progress import Progress
 from uad_plugins.training.arguments import check_trainer_arguments, check_trainer_can_be_built, fit_trainer_arguments
+from uad_plugins.training.augmentation import Augmentation
 from uad_plugins.training.callbacks import FiniteLoss, HeldOutLoss, SampleCount, TrainingProgress
 from uad_plugins.training.checkpointing import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, epochs_of
 from uad_plugins.training.quiet import quiet_libraries
@@ -272,6 +273,7 @@ def _fit(
         callbacks=[
             seen,
             held_out,
+            *([Augmentation(config.augmentation)] if config.augmentation else []),
             FiniteLoss("lower optimizer.lr" if isinstance(model, DistillationRecipe) else OWN_OPTIMIZER),
             TrainingProgress(interactive),
             BestCheckpoint(run.checkpoint),

@@ -1,0 +1,131 @@
+"""Training images varied by what good parts may look like."""
+
+import pytest
+import torch
+from runs import small_config, small_run
+from students import good_batch
+
+from uad_plugins.artifacts import Run
+from uad_plugins.config import AugmentationConfig, read_yaml
+from uad_plugins.errors import UsageError
+from uad_plugins.training.augmentation import Augmentation
+
+EVERYTHING = {"shift": 0.1, "rotate": 10, "scale": 0.1, "flip": "both", "brightness": 0.1, "contrast": 0.1}
+
+
+class Place:
+    """Where in a training a batch is."""
+
+    def __init__(self, current_epoch=0, global_rank=0):
+        self.current_epoch, self.global_rank = current_epoch, global_rank
+
+
+def varied(images, place=None, batch_idx=0, **config):
+    batch = good_batch(images.clone())
+    Augmentation(AugmentationConfig(**config)).on_train_batch_start(None, place or Place(), batch, batch_idx)
+    return batch.image
+
+
+def gradients(count=8):
+    """Images that grow brighter to the right, 0.25..0.75, with a bright row and a dark column that tell directions."""
+    ramp = torch.linspace(0.25, 0.75, 64).expand(count, 3, 64, 64).clone()
+    ramp[:, :, 8], ramp[:, :, :, 4] = 0.9, 0.1
+    return ramp
+
+
+@pytest.mark.parametrize("changed", ["seed", "current_epoch", "global_rank", "batch_idx"])
+def test_seed_epoch_batch_and_process_say_what_varies(changed):
+    images = gradients()
+    torch.manual_seed(1)
+    before, state = varied(images, **EVERYTHING), torch.random.get_rng_state()
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.rand(5)
+    assert torch.equal(varied(images, **EVERYTHING), before)
+    place = Place(**({changed: 1} if changed in ("current_epoch", "global_rank") else {}))
+    torch.manual_seed(2 if changed == "seed" else 1)
+    assert not torch.equal(varied(images, place, int(changed == "batch_idx"), **EVERYTHING), before)
+
+
+def test_each_image_varies_by_itself_and_stays_an_image():
+    images = gradients()
+    result = varied(images, share=1.0, **EVERYTHING)
+    assert result.shape == images.shape
+    assert result.dtype == torch.float32
+    assert 0 <= result.min() < result.max() <= 1
+    assert all(not torch.equal(result[0], other) for other in result[1:])
+
+
+def test_some_images_stay_as_they_are():
+    images = gradients(200)
+    same = (varied(images, share=0.3, brightness=0.1) == images).all(dim=(1, 2, 3)).float().mean()
+    assert same == pytest.approx(0.7, abs=0.1)
+
+
+def test_no_border_shows_when_parts_move():
+    images = torch.full((32, 3, 64, 64), 0.6)
+    assert torch.allclose(varied(images, share=1.0, shift=0.2, rotate=30, scale=0.2), images, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("flip", "kinds"), [("horizontal", {(3,), ()}), ("vertical", {(2,), ()}), ("both", {(2, 3), (3,), (2,), ()})]
+)
+def test_images_are_mirrored_as_allowed(flip, kinds):
+    images = gradients(64)
+    result = varied(images, share=1.0, flip=flip)
+    found = [
+        next(k for k in ((), (2,), (3,), (2, 3)) if torch.allclose(one, images[0].flip([d - 1 for d in k])))
+        for one in result
+    ]
+    assert set(found) == kinds
+    # Each flip happens to every second image.
+    assert 0.3 < sum(3 in kind or 2 in kind for kind in found) / 64 < 0.9
+
+
+@pytest.mark.parametrize(("what", "most"), [("shift", 6.4), ("brightness", 0.1), ("contrast", 0.1)])
+def test_nothing_varies_more_than_it_may(what, most):
+    images = gradients(200)
+    result = varied(images, share=1.0, **{what: 0.1})
+    if what == "shift":
+        # The dark column at 4 comes to lie at -2.4..10.4.
+        found = (result[:, 0, 32].argmin(dim=1) - 4).abs().float()
+    else:
+        found = (result[:, 0, 32, 32] / images[:, 0, 32, 32] - 1).abs() if what == "contrast" else (result - images).abs()
+    assert 0.8 * most < found.max() <= most + 0.5 * (what == "shift") + 1e-5
+
+
+@pytest.mark.parametrize("config", [{}, {"share": 0.0, "shift": 0.1}, {"share": 0.5}])
+def test_nothing_varies_unasked(config):
+    assert not AugmentationConfig(**config)
+
+
+def test_a_training_sees_varied_images(products, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Augmentation, "on_train_batch_start", lambda _s, _t, _m, batch, _i: seen.append(batch.image.clone()))
+    small_run(products, tmp_path / "run", {"augmentation": {"shift": 0.1}, "trainer": {"max_epochs": 1}})
+    # RGB in 0..1, at the network's size: before the model's own pre-processing.
+    assert all(images.shape[1:] == (3, 64, 64) and images.min() >= 0 and 0.5 < images.max() <= 1 for images in seen)
+    assert read_yaml(Run.open(tmp_path / "run").config_file)["augmentation"]["shift"] == 0.1
+
+
+def test_it_changes_what_is_learnt(products, tmp_path):
+    losses = [
+        small_run(products, tmp_path / name, {"augmentation": over, "trainer": {"max_epochs": 1}})["best_val_loss"]
+        for name, over in (("plain", {}), ("varied", EVERYTHING), ("again", EVERYTHING))
+    ]
+    assert losses[1] == losses[2] != losses[0]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"shift": 0.6}, "augmentation.shift"),
+        ({"rotate": -1}, "augmentation.rotate"),
+        ({"flip": "sideways"}, "augmentation.flip"),
+        ({"share": 2}, "augmentation.share"),
+        ({"rotation": 3}, "augmentation.rotat"),
+        ({"brightness": 1.0}, "augmentation.brightness"),
+    ],
+)
+def test_wrong_values_are_refused(wrong, message):
+    with pytest.raises(UsageError, match=message):
+        small_config({"augmentation": wrong})

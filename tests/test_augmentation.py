@@ -8,7 +8,8 @@ from students import good_batch
 from uad_plugins.artifacts import Run
 from uad_plugins.config import AugmentationConfig, read_yaml
 from uad_plugins.errors import UsageError
-from uad_plugins.training.augmentation import Augmentation
+from uad_plugins.models.augmentation import Augmentation
+from uad_plugins.models.conditional import RecognisingTeacher
 
 EVERYTHING = {"shift": 0.1, "rotate": 10, "scale": 0.1, "flip": "both", "brightness": 0.1, "contrast": 0.1}
 
@@ -81,19 +82,45 @@ def test_images_are_mirrored_as_allowed(flip, kinds):
     assert 0.3 < sum(3 in kind or 2 in kind for kind in found) / 64 < 0.9
 
 
-@pytest.mark.parametrize(("what", "most"), [("shift", 6.4), ("brightness", 0.1), ("contrast", 0.1)])
-def test_nothing_varies_more_than_it_may(what, most):
-    images = gradients(200)
-    result = varied(images, share=1.0, **{what: 0.1})
-    if what == "shift":
-        # The dark column at 4 comes to lie at -2.4..10.4.
-        found = (result[:, 0, 32].argmin(dim=1) - 4).abs().float()
-    else:
-        found = (result[:, 0, 32, 32] / images[:, 0, 32, 32] - 1).abs() if what == "contrast" else (result - images).abs()
-    assert 0.8 * most < found.max() <= most + 0.5 * (what == "shift") + 1e-5
+def spots(images):
+    """Return centre (x, y), area and angle of the longer axis, in degrees, of the bright spot in each image."""
+    weights = images[:, 0].double()
+    y, x = torch.meshgrid(*(torch.arange(64, dtype=torch.float64),) * 2, indexing="ij")
+    area = weights.sum(dim=(1, 2))
+    centre = [(weights * at).sum(dim=(1, 2)) / area for at in (x, y)]
+    dx, dy = (at - middle[:, None, None] for at, middle in zip((x, y), centre, strict=True))
+    xx, xy, yy = ((weights * product).sum(dim=(1, 2)) for product in (dx * dx, dx * dy, dy * dy))
+    return *centre, area, torch.rad2deg(0.5 * torch.atan2(2 * xy, xx - yy))
 
 
-@pytest.mark.parametrize("config", [{}, {"share": 0.0, "shift": 0.1}, {"share": 0.5}])
+@pytest.mark.parametrize(
+    ("what", "amount", "which", "most"),
+    [("shift", 0.1, 0, 6.4), ("shift", 0.1, 1, 6.4), ("scale", 0.2, 2, 0.44), ("rotate", 20.0, 3, 20.0)],
+)
+def test_parts_move_as_far_as_they_may_and_no_farther(what, amount, which, most):
+    spot = torch.zeros(1, 3, 64, 64)
+    spot[:, :, 28:36, 22:42] = 1.0
+    before, after = (
+        spots(images)[which] for images in (spot, varied(spot.repeat(300, 1, 1, 1), share=1.0, **{what: amount}))
+    )
+    # An area grows by the square of the scale; directions are those of both signs.
+    moved = after / before - 1 if what == "scale" else after - before
+    assert 0.85 * most < moved.max() <= 1.02 * most
+    assert -most * 1.02 <= moved.min() < -0.7 * most
+
+
+@pytest.mark.parametrize("what", ["brightness", "contrast"])
+def test_light_changes_as_far_as_it_may_and_no_farther(what):
+    images = torch.full((300, 3, 64, 64), 0.5)
+    changed = varied(images, share=1.0, **{what: 0.1}) - images
+    most = 0.1 if what == "brightness" else 0.05
+    assert 0.9 * most < changed.max() <= most + 1e-6
+    assert -most - 1e-6 <= changed.min() < -0.9 * most
+    # All of an image alike.
+    assert (changed.flatten(1).std(dim=1) < 1e-6).all()
+
+
+@pytest.mark.parametrize("config", [{}, {"share": 0.5}])
 def test_nothing_varies_unasked(config):
     assert not AugmentationConfig(**config)
 
@@ -102,6 +129,7 @@ def test_a_training_sees_varied_images(products, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(Augmentation, "on_train_batch_start", lambda _s, _t, _m, batch, _i: seen.append(batch.image.clone()))
     small_run(products, tmp_path / "run", {"augmentation": {"shift": 0.1}, "trainer": {"max_epochs": 1}})
+    assert len(seen) == 4
     # RGB in 0..1, at the network's size: before the model's own pre-processing.
     assert all(images.shape[1:] == (3, 64, 64) and images.min() >= 0 and 0.5 < images.max() <= 1 for images in seen)
     assert read_yaml(Run.open(tmp_path / "run").config_file)["augmentation"]["shift"] == 0.1
@@ -122,10 +150,24 @@ def test_it_changes_what_is_learnt(products, tmp_path):
         ({"rotate": -1}, "augmentation.rotate"),
         ({"flip": "sideways"}, "augmentation.flip"),
         ({"share": 2}, "augmentation.share"),
+        ({"share": 0}, "augmentation.share"),
         ({"rotation": 3}, "augmentation.rotat"),
-        ({"brightness": 1.0}, "augmentation.brightness"),
+        ({"brightness": 0.6}, "augmentation.brightness"),
     ],
 )
 def test_wrong_values_are_refused(wrong, message):
     with pytest.raises(UsageError, match=message):
         small_config({"augmentation": wrong})
+
+
+def test_the_recognition_of_products_learns_from_varied_images(products, tmp_path, monkeypatch):
+    seen, learn = [], RecognisingTeacher.learn
+    monkeypatch.setattr(
+        RecognisingTeacher, "learn", lambda self, found: learn(self, seen.append(found := list(found)) or found)
+    )
+    for over in ({}, {"contrast": 0.4, "share": 1.0}):
+        options = {"model": {"options": {"conditional_norm": True}}, "trainer": {"max_epochs": 1}, "augmentation": over}
+        small_run(products, tmp_path / str(len(seen)), options)
+    plain, varied_ones = (torch.cat([images for images, _ in found]) for found in seen)
+    assert plain.shape == varied_ones.shape
+    assert not torch.allclose(plain, varied_ones)

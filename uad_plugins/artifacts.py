@@ -109,7 +109,7 @@ def sha256_of(path: Path) -> str:
 
 def versions() -> dict[str, str]:
     """Return the versions of everything that can change a result."""
-    names = ["uadx", "torch", "torchvision", "lightning", "anomalib", "timm", "torchmetrics", "numpy", "pillow"]
+    names = ["uadx", "torch", "torchvision", "lightning", "anomalib", "timm", "kornia", "torchmetrics", "numpy", "pillow"]
     names += ["nncf", "openvino", "onnx", "onnxruntime"]
     found = {"python": platform.python_version(), "platform": platform.platform(), "machine": platform.machine()}
     installed = {dist.name.lower(): dist.version for dist in metadata.distributions() if dist.name}

@@ -69,18 +69,23 @@ class DataConfig(Section):
 class AugmentationConfig(Section):
     """How training images are varied: by what a good part may look like at the line, and no more. 0 varies nothing."""
 
-    share: float = Field(0.7, ge=0, le=1, description="Probability of each variation of an image; of each flip, half of it.")
+    share: float = Field(
+        0.7,
+        gt=0,
+        le=1,
+        description="Probability that an image is moved (shift, rotate and scale together), that its brightness is changed, "
+        "its contrast; of each flip, half of it.",
+    )
     shift: float = Field(0.0, ge=0, le=0.5, description="Largest shift, as a share of the image's sides.")
     rotate: float = Field(0.0, ge=0, le=180, description="Largest angle, in degrees.")
     scale: float = Field(0.0, ge=0, le=0.5, description="Largest change of size, as a share of it.")
     flip: Literal["none", "horizontal", "vertical", "both"] = Field("none", description="Whether images may be mirrored.")
-    brightness: float = Field(0.0, ge=0, lt=1, description="Largest change of brightness, as a share of the full range.")
-    contrast: float = Field(0.0, ge=0, lt=1, description="Largest change of contrast, as a share of it.")
+    brightness: float = Field(0.0, ge=0, le=0.5, description="Largest amount added, as a share of the full range.")
+    contrast: float = Field(0.0, ge=0, le=0.5, description="Largest change of the factor that values are multiplied by.")
 
     def __bool__(self) -> bool:
         """Whether anything varies."""
-        varied = self.model_dump(exclude={"share", "flip"}).values()
-        return self.share > 0 and (any(varied) or self.flip != "none")
+        return self.flip != "none" or any(self.model_dump(exclude={"share", "flip"}).values())
 
 
 class OptimizerConfig(Section):

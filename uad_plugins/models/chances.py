@@ -1,6 +1,6 @@
 """Chance in a training: what is drawn is said by seed, epoch, batch and process, not by the global random state.
 
-A resumed training sees what an unbroken one would, and each process something else.
+A resumed training on the same kind of device sees what an unbroken one would, and each process something else.
 """
 
 from __future__ import annotations

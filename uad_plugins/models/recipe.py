@@ -13,6 +13,7 @@ from torch import nn, optim
 
 from uad_plugins.config import OptimizerConfig
 from uad_plugins.errors import UadxError, UsageError
+from uad_plugins.models.augmentation import vary
 from uad_plugins.models.backbones import CHECKPOINT, WeightsRecord
 from uad_plugins.models.chances import ANOMALIES, chances_of
 from uad_plugins.models.conditional import OPTION, RecognisingTeacher, rows_of
@@ -200,10 +201,12 @@ class DistillationRecipe:
         teacher.learn(self._shown(batches(module.trainer.train_dataloader)))
 
     def _shown(self, found: Iterable[Any]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield the images of batches as the network is shown them, with anomalies, and their products."""
+        """Yield the images of batches as the network is shown them, varied and with anomalies, and their products."""
         module: Any = self
         for number, batch in enumerate(found):
-            images = batch.image.to(module.device)
+            batch.image = batch.image.to(module.device)
+            vary(module.trainer, module, batch, number)
+            images = batch.image
             images = images if module.pre_processor is None else module.pre_processor(images)
             images = images if self.anomalies is None else self.with_anomalies(images, number)[0]
             yield images, self._products_of(batch).to(module.device)

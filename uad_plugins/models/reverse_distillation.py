@@ -196,11 +196,10 @@ class ReverseDistillation(DistillationRecipe, AnomalibReverseDistillation):
         """Return the loss of a batch, through a noisy bottleneck where there is to be one."""
         if not self.bottleneck_dropout:
             return super().training_step(batch, batch_idx, *args, **kwargs)
-        kept = 1 - self.bottleneck_dropout
+        # Two million values of a batch: on their own device.
+        kept, chances = 1 - self.bottleneck_dropout, chances_of(self, batch_idx, DROPOUT, batch.image.device)
 
         def drop(_module: nn.Module, _inputs: Any, features: torch.Tensor) -> torch.Tensor:
-            # Two million values of a batch: on their own device.
-            chances = chances_of(self, batch_idx, DROPOUT, features.device)
             mask = torch.empty(features.shape, dtype=torch.bool, device=features.device).bernoulli_(kept, generator=chances)
             return features * mask / kept
 

@@ -16,6 +16,7 @@ from uad_plugins.config import OptimizerConfig, model_plugin
 from uad_plugins.data.datamodule import UnifiedDataModule
 from uad_plugins.errors import UadxError
 from uad_plugins.hookspecs import QuantizationRequest, QuantizationResult
+from uad_plugins.models.augmentation import augmentation
 from uad_plugins.models.recipe import learning_rate_factor
 from uad_plugins.quantization.core import Preprocessing, build_core, recalibrate, student_parameters
 from uad_plugins.quantization.export import save_onnx, save_openvino, to_onnx, to_openvino
@@ -273,6 +274,7 @@ def _fit(request: QuantizationRequest, module: QatModule, data: UnifiedDataModul
         callbacks=[
             seen,
             held_out,
+            *augmentation(request.config.augmentation),
             FiniteLoss("lower lr"),
             TrainingProgress(),
             BestCheckpoint(work / "best.ckpt"),

@@ -28,13 +28,13 @@ from uad_plugins.data.samples import (
 )
 from uad_plugins.errors import UadxError
 from uad_plugins.evaluation.thresholds import BEST_F1, thresholds_from_samples
+from uad_plugins.models.augmentation import augmentation
 from uad_plugins.models.backbones import CHECKPOINT
 from uad_plugins.models.recipe import DistillationRecipe
 from uad_plugins.models.specialists import Specialists
 from uad_plugins.models.torch_detector import TorchDetector
 from uad_plugins.progress import Progress
 from uad_plugins.training.arguments import check_trainer_arguments, check_trainer_can_be_built, fit_trainer_arguments
-from uad_plugins.training.augmentation import Augmentation
 from uad_plugins.training.callbacks import FiniteLoss, HeldOutLoss, SampleCount, TrainingProgress
 from uad_plugins.training.checkpointing import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, epochs_of
 from uad_plugins.training.quiet import quiet_libraries
@@ -273,7 +273,7 @@ def _fit(
         callbacks=[
             seen,
             held_out,
-            *([Augmentation(config.augmentation)] if config.augmentation else []),
+            *augmentation(config.augmentation),
             FiniteLoss("lower optimizer.lr" if isinstance(model, DistillationRecipe) else OWN_OPTIMIZER),
             TrainingProgress(interactive),
             BestCheckpoint(run.checkpoint),

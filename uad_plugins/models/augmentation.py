@@ -14,7 +14,7 @@ from uad_plugins.models.chances import AUGMENTATION, seed_of
 class Augmentation(Callback):
     """Varies the images of each training batch on its device, before the model's own pre-processing.
 
-    Each variation is of kornia, drawn for each image by itself. What comes in from outside the image is its reflection.
+    Each variation is kornia's, drawn for each image by itself. What comes in from outside the image is its reflection.
 
     Args:
         config: What varies, and how much.
@@ -50,3 +50,15 @@ class Augmentation(Callback):
             # kornia draws by the generator of the CPU, wherever the images are.
             torch.random.default_generator.manual_seed(seed_of(pl_module, batch_idx, AUGMENTATION))
             batch.image = self.vary(batch.image)
+
+
+def augmentation(config: AugmentationConfig) -> list[Callback]:
+    """Return what varies training images, for the callbacks of a trainer: nothing where nothing varies."""
+    return [Augmentation(config)] if config else []
+
+
+def vary(trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+    """Vary a batch as the training does, in a pass over the images beside it."""
+    for callback in trainer.callbacks:
+        if isinstance(callback, Augmentation):
+            callback.on_train_batch_start(trainer, module, batch, batch_idx)

@@ -7,6 +7,7 @@ import sys
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from networks import core, module, noise, quantized, students
@@ -14,6 +15,7 @@ from networks import core, module, noise, quantized, students
 from uad_plugins.artifacts import Run, sha256_of
 from uad_plugins.config import model_plugin
 from uad_plugins.errors import UadxError, UsageError
+from uad_plugins.imaging import read_rgb
 from uad_plugins.quantization import nncf_qat
 from uad_plugins.quantization.core import Preprocessing, build_core, recalibrate
 from uad_plugins.quantization.nncf_qat import QatModule
@@ -294,6 +296,25 @@ def test_scope_student_is_trained_and_exported(run, tmp_path):
     assert not manifest.whole
     # The teacher's weights stay float: half of the network.
     assert 0.5 < manifest.size["onnx"]["ratio"] < 0.75
+
+
+def test_images_vary_as_they_did_in_the_training_of_the_run(products, tmp_path, monkeypatch):
+    from runs import small_run
+
+    over = {"model": {"layers": ["layer1"]}, "trainer": {"max_epochs": 1}, "augmentation": {"contrast": 0.2, "share": 1.0}}
+    small_run(products, tmp_path / "run", over)
+    changes, step = [], QatModule.training_step
+
+    def training_step(module, batch, *args):
+        stored = [torch.tensor(np.asarray(read_rgb(path))).permute(2, 0, 1) / 255 for path in batch.image_path]
+        changes.append((batch.image / torch.stack(stored)).nanmedian(dim=1).values.nanmean(dim=(1, 2)))
+        return step(module, batch, *args)
+
+    monkeypatch.setattr(QatModule, "training_step", training_step)
+    quantize(Order(tmp_path / "run", tmp_path / "q", "nncf-qat", samples=6, options={**FAST, "epochs": 1}))
+    factors = torch.cat(changes)
+    assert 0.75 < factors.min() < 0.95
+    assert 1.05 < factors.max() < 1.25
 
 
 def test_a_method_without_a_student_is_refused(products, tmp_path):

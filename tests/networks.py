@@ -36,6 +36,9 @@ def lively(model: nn.Module) -> nn.Module:
         if isinstance(module, ConditionalNorm):
             for weight in module.scale.weight, module.shift.weight:
                 nn.init.uniform_(weight, -0.5, 0.5)
+            if module.means is not None and module.variances is not None:
+                nn.init.uniform_(module.means, -0.1, 0.1)
+                nn.init.uniform_(module.variances, 0.5, 1.5)
     return model
 
 
@@ -82,7 +85,7 @@ def module(method: str) -> AnomalibModule:
     if method == "gated_stfpm":
         options["student_backbone"] = "seresnet18"
     if method == "conditional_stfpm":
-        options |= {"conditional_norm": True, "categories": ["one", "other"]}
+        options |= {"conditional_norm": True, "product_statistics": True, "categories": ["one", "other"]}
     built = cls(backbone="resnet18", weights="bundled", pre_processor=pre_processor, visualizer=False, **options)
     lively(built.model)
     return built.eval()

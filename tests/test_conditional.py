@@ -8,15 +8,16 @@ import pytest
 import torch
 from anomalib.models import Stfpm as AnomalibStfpm
 from lightning.pytorch import Trainer
+from networks import lively
 from runs import INT8_BACKENDS, quantized_as_it_was, small_run
 from students import SIZE, build
 
 from uad_plugins.artifacts import Run
 from uad_plugins.data.datamodule import UnifiedDataModule
-from uad_plugins.errors import UadxError
+from uad_plugins.errors import UadxError, UsageError
 from uad_plugins.models import ReverseDistillation, Stfpm
 from uad_plugins.models.backbones import CHECKPOINT, alias, backbone_weights
-from uad_plugins.models.conditional import ConditionalNorm, rows_of
+from uad_plugins.models.conditional import ConditionalNorm, rows_of, settle
 from uad_plugins.models.torch_detector import TorchDetector
 
 METHODS = (Stfpm, ReverseDistillation)
@@ -41,9 +42,14 @@ def loss(model, batch, products):
         return model.loss_with_anomalies(batch, batch, torch.zeros_like(batch[:, :1]))
 
 
+OPTIONS = {"conditional_norm": True, "categories": NAMES}
+BY_PRODUCT = {**OPTIONS, "product_statistics": True}
+
+
+@pytest.mark.parametrize("options", [OPTIONS, BY_PRODUCT])
 @pytest.mark.parametrize("cls", METHODS)
-def test_untrained_it_is_the_usual_network(cls):
-    usual, ours = (build(cls, **options).eval() for options in ({}, {"conditional_norm": True, "categories": NAMES}))
+def test_untrained_it_is_the_usual_network(cls, options):
+    usual, ours = (build(cls, **each).eval() for each in ({}, options))
     assert len(norms(ours)) == sum(isinstance(m, torch.nn.BatchNorm2d) for m in usual.parts(usual.model)[1].modules())
     with torch.no_grad():
         assert torch.allclose(usual.model(images()).anomaly_map, ours.model(images()).anomaly_map, atol=1e-5)
@@ -81,6 +87,54 @@ def test_the_student_alone_is_trained(cls):
     trained = {id(p) for p in model.trained_parameters()}
     assert trained >= {id(p) for norm in norms(model) for p in norm.parameters()}
     assert not trained & {id(p) for p in model.recogniser().parameters()}
+
+
+def test_each_product_is_normalised_by_itself():
+    model = lively(build(Stfpm, **BY_PRODUCT)).train()
+    norm, teacher = norms(model)[0], model.recogniser()
+    norm.norm.momentum = 1.0
+    features, rows = torch.randn(5, norm.norm.num_features, 4, 4), torch.tensor([2, 0, 2, 2, 0])
+    features[rows == 2] *= 3
+    means, weight, bias = norm.means.clone(), norm.norm.weight, norm.norm.bias
+    with teacher.told(rows):
+        teacher(images(5))
+        trained = norm(features)
+        for product in 0, 2:
+            mine = features[rows == product]
+            normal = torch.nn.functional.batch_norm(mine, None, None, weight, bias, training=True)
+            scale, shift = (each.weight[:, product] for each in (norm.scale, norm.shift))
+            assert torch.allclose(trained[rows == product], normal * (1 + scale) + shift, atol=1e-5)
+            assert torch.allclose(norm.means[product], mine.mean(dim=(0, 2, 3)), atol=1e-6)
+            assert torch.allclose(norm.variances[product], mine.transpose(0, 1).flatten(1).var(dim=1), atol=1e-5)
+        model.eval()
+        # By what is kept of each; the variance kept is that of a sample.
+        assert torch.allclose(norm(features), trained, atol=0.1)
+    assert torch.equal(norm.means[1], means[1])
+
+
+def test_a_product_with_a_single_value_has_no_variance():
+    model = build(Stfpm, **BY_PRODUCT).train()
+    with model.recogniser().told(torch.tensor([0, 1, 1])):
+        model.recogniser()(images(3))
+        assert norms(model)[0](torch.randn(3, 64, 1, 1)).isfinite().all()
+
+
+@pytest.mark.parametrize("cls", METHODS)
+def test_it_is_deployed_with_one_normalization(cls):
+    model = lively(build(cls, **BY_PRODUCT)).eval()
+    batch, products = images(3), torch.tensor([2, 0, 1])
+    with torch.no_grad(), model.recogniser().told(products):
+        before = model.distil(model.model, batch)[1]
+        for _ in range(2):
+            settle(model.model)
+            assert torch.allclose(model.distil(model.model, batch)[1], before, rtol=1e-4, atol=1e-5)
+    usual = build(cls, **OPTIONS)
+    assert model.model.state_dict().keys() == usual.model.state_dict().keys()
+
+
+def test_statistics_of_products_need_products():
+    with pytest.raises(UsageError, match="product_statistics needs products that are told apart"):
+        build(Stfpm, product_statistics=True)
 
 
 @pytest.mark.parametrize("count", [2, 3])
@@ -136,9 +190,9 @@ def test_one_product_is_trained_as_usual(name, products, tmp_path):
     assert trained.recogniser() is None
 
 
-@pytest.fixture(scope="module")
-def run(products, tmp_path_factory):
-    options = {"conditional_norm": True, "synthetic_anomalies": 0.8}
+@pytest.fixture(scope="module", params=[False, True])
+def run(request, products, tmp_path_factory):
+    options = {"conditional_norm": True, "product_statistics": request.param, "synthetic_anomalies": 0.8}
     folder = tmp_path_factory.mktemp("conditional") / "run"
     small_run(products, folder, {"model": {"options": options}, "trainer": {"max_epochs": 4}})
     return folder
@@ -168,7 +222,8 @@ def test_a_category_with_test_images_alone_is_no_product(products, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_a_fresh_model_takes_its_checkpoint(run, products):
-    model = build(Stfpm, conditional_norm=True)
+    options = Run(run).config().model.options
+    model = build(Stfpm, conditional_norm=True, product_statistics=options["product_statistics"])
     data = UnifiedDataModule(str(products), image_size=64, num_workers=0)
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=run.parent)
     (found,) = trainer.validate(model, datamodule=data, ckpt_path=run / "model.ckpt", verbose=False)

@@ -3,6 +3,9 @@
 What is a flaw of one product may be how another always looks. A student of both that sees no more than the surroundings of a
 pixel has to follow its teacher in either. Here the teacher's features of the whole image say which product it is, and that
 scales and shifts each channel of the student: all else that it has learnt is shared by the products.
+
+Products may be normalised by mean and variance of their own, too (domain-specific batch normalization, Chang et al., arXiv
+1906.03950): those of a batch of several say little of any of them. Once trained this is another scale and shift.
 """
 
 from __future__ import annotations
@@ -27,11 +30,13 @@ class Recognised:
 
     Attributes:
         known: int64 ``(B,)``, while that is known; None: it is recognised.
+        rows: Rows of the batch, int64, by product, while that is known.
         products: Probabilities, float ``(B, P, 1, 1)``, of the last batch.
     """
 
     def __init__(self) -> None:
         self.known: torch.Tensor | None = None
+        self.rows: dict[int, torch.Tensor] | None = None
         self.products: torch.Tensor | None = None
 
     def __getstate__(self) -> dict[str, None]:
@@ -75,11 +80,13 @@ class RecognisingTeacher(nn.Module):
     @contextmanager
     def told(self, products: torch.Tensor) -> Iterator[None]:
         """Tell which products the batch shows, int64 ``(B,)``, in place of what is recognised."""
-        self.recognised.known = products
+        seen = self.recognised
+        # Asked for once: where the images are on a GPU, it has to be waited for.
+        seen.known, seen.rows = products, {each: torch.nonzero(products == each)[:, 0] for each in set(products.tolist())}
         try:
             yield
         finally:
-            self.recognised.known = None
+            seen.known = seen.rows = None
 
     @property
     def has_learnt(self) -> bool:
@@ -130,31 +137,94 @@ class ConditionalNorm(nn.Module):
         norm: The normalization.
         products: How many there are.
         recognised: Which of them are seen.
+        own_statistics: Whether products are normalised by mean and variance of their own, until ``settle``.
     """
 
-    def __init__(self, norm: nn.BatchNorm2d, products: int, recognised: Recognised) -> None:
+    def __init__(self, norm: nn.BatchNorm2d, products: int, recognised: Recognised, own_statistics: bool = False) -> None:
         super().__init__()
         self.norm = norm
         self.scale, self.shift = (nn.Conv2d(products, norm.num_features, 1, bias=False) for _ in range(2))
         self.recognised = recognised
         for weight in self.scale.weight, self.shift.weight:
             nn.init.zeros_(weight)
+        for name, like in ("means", norm.running_mean), ("variances", norm.running_var):
+            assert like is not None
+            self.register_buffer(name, like.repeat(products, 1) if own_statistics else None)
+
+    means: torch.Tensor | None
+    """Running means of products, float32 ``(P, C)``; None: they have those of ``norm``."""
+
+    variances: torch.Tensor | None
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Normalise features ``(B, C, h, w)``."""
         products = self.recognised.products
         assert products is not None
-        result: torch.Tensor = self.norm(features) * (1 + self.scale(products)) + self.shift(products)
+        result: torch.Tensor = self._normalised(features, products) * (1 + self.scale(products)) + self.shift(products)
         return result
 
+    def _normalised(self, features: torch.Tensor, products: torch.Tensor) -> torch.Tensor:
+        norm, rows = self.norm, self.recognised.rows
+        if self.means is None or self.variances is None:
+            normal: torch.Tensor = norm(features)
+            return normal
+        if not (self.training and rows):
+            # Products first, and no matrix product: that would be rounded in mixed precision.
+            mean, factor = (
+                (products[:, :, None, 0] * each).sum(dim=1)[..., None]
+                for each in (self.means[..., None], torch.rsqrt(self.variances + norm.eps)[..., None])
+            )
+            normal = (features - mean) * factor
+            return normal * norm.weight[:, None, None] + norm.bias[:, None, None]
+        assert norm.momentum is not None
+        parts = []
+        for product, places in rows.items():
+            part = features if len(rows) == 1 else features[places]
+            # A single value is all there is of its mean.
+            several = part[:, 0].numel() > 1
+            mean, variance = self.means[product], self.variances[product]
+            parts.append(F.batch_norm(part, mean, variance, norm.weight, norm.bias, several, norm.momentum, norm.eps))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)[torch.cat(list(rows.values())).argsort()]
 
-def condition(student: nn.Module, teacher: RecognisingTeacher) -> None:
-    """Make every batch normalization of a student conditional."""
+    def settle(self) -> None:
+        """Bring the statistics of products into their scale and shift: the result stays as it is in evaluation.
+
+        Left is one normalization, by the statistics of all products, each as often: what a graph has that is deployed.
+        """
+        if self.means is None or self.variances is None:
+            return
+        norm = self.norm
+        assert norm.running_mean is not None and norm.running_var is not None
+        with torch.no_grad():
+            means, variances = self.means.double(), self.variances.double()
+            weight, bias = norm.weight.double(), norm.bias.double()
+            scale, shift = (each.weight[..., 0, 0].T.double() for each in (self.scale, self.shift))
+            mean = means.mean(dim=0)
+            variance = (variances + means.square()).mean(dim=0) - mean.square()
+            factor = torch.rsqrt(variances + norm.eps)
+            ratio = factor * torch.sqrt(variance + norm.eps)
+            beyond = (mean - means) * factor * weight + (1 - ratio) * bias
+            self.shift.weight.copy_(((1 + scale) * beyond + shift).T[..., None, None])
+            self.scale.weight.copy_(((1 + scale) * ratio - 1).T[..., None, None])
+            norm.running_mean.copy_(mean)
+            norm.running_var.copy_(variance)
+        self.means = self.variances = None
+
+
+def condition(student: nn.Module, teacher: RecognisingTeacher, *, own_statistics: bool = False) -> None:
+    """Make every batch normalization of a student conditional; see ``ConditionalNorm``."""
     products = teacher.classifier.out_channels
     for module in [each for each in student.modules() if not isinstance(each, ConditionalNorm)]:
         for name, norm in list(module.named_children()):
             if isinstance(norm, nn.BatchNorm2d):
-                setattr(module, name, ConditionalNorm(norm, products, teacher.recognised))
+                setattr(module, name, ConditionalNorm(norm, products, teacher.recognised, own_statistics))
+
+
+def settle(network: nn.Module) -> None:
+    """Bring a network into the form in which it is deployed, in place; what it gives in evaluation stays as it is."""
+    for module in network.modules():
+        if isinstance(module, ConditionalNorm):
+            module.settle()
 
 
 def plain(teacher: Any) -> Any:

@@ -59,6 +59,7 @@ class DistillationRecipe:
         anomalies: Draws synthetic anomalies into the training images; None where the method is trained as published.
         specialists: From which the student learns in place of its teacher; None where it learns from the teacher.
         conditional_norm: Whether the student is to know which product it sees; see ``conditional``.
+        product_statistics: Whether it is to normalise each product by itself; see ``ConditionalNorm``.
         products: Those that it tells apart; none before training, nor where there is one alone.
     """
 
@@ -69,6 +70,7 @@ class DistillationRecipe:
     anomalies: SyntheticAnomalies | None = None
     specialists: Specialists | None = None
     conditional_norm: bool = False
+    product_statistics: bool = False
     products: Sequence[str] = ()
 
     @staticmethod
@@ -170,6 +172,25 @@ class DistillationRecipe:
             # Without a record the weights come later, with a checkpoint.
             compare = self.weights_record is not None
             self.specialists = Specialists.load(Path(specialists), self, self.parts, compare=compare)
+
+    def set_conditional(self, norm: bool, statistics: bool, names: Sequence[str]) -> None:
+        """Take whether the student knows its products, and of a checkpoint, which they are.
+
+        Args:
+            norm: See ``conditional_norm``.
+            statistics: See ``product_statistics``.
+            names: Of the products; none before training.
+
+        Raises:
+            UsageError: Products are to be normalised by themselves that nobody tells apart.
+        """
+        if statistics and not norm:
+            raise UsageError(
+                "model.options.product_statistics needs products that are told apart",
+                "set model.options.conditional_norm=true, or leave it out",
+            )
+        self.conditional_norm, self.product_statistics = norm, statistics
+        self.set_products(names)
 
     def set_products(self, names: Sequence[str]) -> None:
         """Have the student told which of these products it sees. Of a single one there is nothing to tell."""

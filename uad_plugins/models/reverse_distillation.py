@@ -98,6 +98,7 @@ class ReverseDistillation(DistillationRecipe, AnomalibReverseDistillation):
         specialists: Folder of runs of single products, one or several of each, from whose decoders this one learns, what to
             make of anomalies too.
         conditional_norm: Whether bottleneck and decoder are to know which product they see; see ``conditional``.
+        product_statistics: Whether each product is normalised by mean and variance of its own; see ``ConditionalNorm``.
         anomaly_weight: Weight of the distance that the decoder has to keep from the encoder on synthetic anomalies; all else
             is then learnt place by place; see ``anomaly_loss``. None: it has to restore the good part there.
         bottleneck_dropout: Share of the bottleneck's values, drawn for each batch, that the decoder has to do without while
@@ -128,6 +129,7 @@ class ReverseDistillation(DistillationRecipe, AnomalibReverseDistillation):
         anomaly_soft_edges: float = SOFT_EDGES,
         specialists: str | None = None,
         conditional_norm: bool = False,
+        product_statistics: bool = False,
         anomaly_weight: float | None = None,
         bottleneck_dropout: float = 0.0,
         hard_mining: float = 0.0,
@@ -164,9 +166,8 @@ class ReverseDistillation(DistillationRecipe, AnomalibReverseDistillation):
         self.anomaly_weight, self.hard_mining = anomaly_weight, hard_mining
         self.model.by_places = anomaly_weight is not None
         self.bottleneck_dropout = bottleneck_dropout
-        self.conditional_norm = conditional_norm
         self._close()
-        self.set_products(categories)
+        self.set_conditional(conditional_norm, product_statistics, categories)
         self.model.to(memory_format=torch.channels_last)
         self.set_anomalies(synthetic_anomalies, anomaly_fillings, anomaly_soft_edges, specialists)
 
@@ -184,7 +185,7 @@ class ReverseDistillation(DistillationRecipe, AnomalibReverseDistillation):
         encoder = self.model.encoder
         self.model.encoder = RecognisingTeacher(encoder, sum(encoder.out_dims), products)
         for student in self.model.bottleneck, self.model.decoder:
-            condition(student, self.model.encoder)
+            condition(student, self.model.encoder, own_statistics=self.product_statistics)
         self._close()
 
     def _close(self) -> None:

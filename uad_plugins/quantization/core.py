@@ -13,6 +13,7 @@ from torch import nn
 from torchvision.transforms.v2 import Normalize
 
 from uad_plugins.errors import UadxError
+from uad_plugins.models.conditional import settle
 from uad_plugins.models.recipe import DistillationRecipe
 
 
@@ -24,7 +25,7 @@ class Core(nn.Module):
     quantizers placed in one way of calling are not met in another.
 
     Args:
-        module: Trained anomalib module. Its network is used, not copied.
+        module: Trained anomalib module. Its network is used, not copied, and takes the form in which it is deployed.
 
     Attributes:
         observed: Called in place of everything else with the network and the images; None: nothing is.
@@ -33,6 +34,7 @@ class Core(nn.Module):
     def __init__(self, module: AnomalibModule) -> None:
         super().__init__()
         self.network: nn.Module = module.model
+        settle(self.network)
         self.distil = type(module).distil if isinstance(module, DistillationRecipe) else None
         self.observed: Callable[[Any, torch.Tensor], tuple[torch.Tensor, ...]] | None = None
 

@@ -85,7 +85,7 @@ def module(method: str) -> AnomalibModule:
     if method == "gated_stfpm":
         options["student_backbone"] = "seresnet18"
     if method == "conditional_stfpm":
-        options |= {"conditional_norm": True, "product_statistics": True, "categories": ["one", "other"]}
+        options |= {"conditional_norm": True, "products_apart": True, "categories": ["one", "other"]}
     built = cls(backbone="resnet18", weights="bundled", pre_processor=pre_processor, visualizer=False, **options)
     lively(built.model)
     return built.eval()

@@ -10,7 +10,7 @@ from anomalib.models import Stfpm as AnomalibStfpm
 from lightning.pytorch import Trainer
 from networks import lively
 from runs import INT8_BACKENDS, quantized_as_it_was, small_run
-from students import SIZE, build
+from students import SIZE, build, good_batch, in_training
 
 from uad_plugins.artifacts import Run
 from uad_plugins.data.datamodule import UnifiedDataModule
@@ -43,7 +43,7 @@ def loss(model, batch, products):
 
 
 OPTIONS = {"conditional_norm": True, "categories": NAMES}
-BY_PRODUCT = {**OPTIONS, "product_statistics": True}
+BY_PRODUCT = {**OPTIONS, "products_apart": True}
 
 
 @pytest.mark.parametrize("options", [OPTIONS, BY_PRODUCT])
@@ -112,6 +112,27 @@ def test_each_product_is_normalised_by_itself():
     assert torch.equal(norm.means[1], means[1])
 
 
+@pytest.mark.parametrize("cls", METHODS)
+def test_each_product_of_a_batch_is_learnt_as_if_it_were_alone(cls, monkeypatch):
+    options = {"synthetic_anomalies": 1.0, "anomaly_fillings": ["foreign"], "anomaly_weight": 3.0}
+    if cls is ReverseDistillation:
+        options["hard_mining"] = 0.75
+    model = in_training(cls, monkeypatch, **BY_PRODUCT, **options)
+    batch, names = images(6), ["ring", "nut", "ring", "ring", "nut", "ring"]
+    with model.recogniser().told(rows_of(names, NAMES)):
+        drawn, opacity = model.with_anomalies(batch, 0, model.groups())
+    assert model.groups() is None
+
+    def loss(rows):
+        monkeypatch.setattr(model, "with_anomalies", lambda *_: (drawn[rows], opacity[rows]))
+        some = good_batch(batch[rows])
+        some.category = [names[row] for row in rows]
+        return model.training_step(some)["loss"]
+
+    whole = loss(range(6))
+    assert torch.allclose(whole, (2 * loss([1, 4]) + 4 * loss([0, 2, 3, 5])) / 6, rtol=1e-4)
+
+
 def test_a_product_with_a_single_value_has_no_variance():
     model = build(Stfpm, **BY_PRODUCT).train()
     with model.recogniser().told(torch.tensor([0, 1, 1])):
@@ -133,8 +154,8 @@ def test_it_is_deployed_with_one_normalization(cls):
 
 
 def test_statistics_of_products_need_products():
-    with pytest.raises(UsageError, match="product_statistics needs products that are told apart"):
-        build(Stfpm, product_statistics=True)
+    with pytest.raises(UsageError, match="products_apart needs products that are told apart"):
+        build(Stfpm, products_apart=True)
 
 
 @pytest.mark.parametrize("count", [2, 3])
@@ -192,7 +213,7 @@ def test_one_product_is_trained_as_usual(name, products, tmp_path):
 
 @pytest.fixture(scope="module", params=[False, True])
 def run(request, products, tmp_path_factory):
-    options = {"conditional_norm": True, "product_statistics": request.param, "synthetic_anomalies": 0.8}
+    options = {"conditional_norm": True, "products_apart": request.param, "synthetic_anomalies": 0.8}
     folder = tmp_path_factory.mktemp("conditional") / "run"
     small_run(products, folder, {"model": {"options": options}, "trainer": {"max_epochs": 4}})
     return folder
@@ -223,7 +244,7 @@ def test_a_category_with_test_images_alone_is_no_product(products, tmp_path):
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_a_fresh_model_takes_its_checkpoint(run, products):
     options = Run(run).config().model.options
-    model = build(Stfpm, conditional_norm=True, product_statistics=options["product_statistics"])
+    model = build(Stfpm, conditional_norm=True, products_apart=options["products_apart"])
     data = UnifiedDataModule(str(products), image_size=64, num_workers=0)
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=run.parent)
     (found,) = trainer.validate(model, datamodule=data, ckpt_path=run / "model.ckpt", verbose=False)

@@ -66,6 +66,23 @@ def test_the_best_learnt_of_the_good_places_count_less():
     assert not torch.allclose(anomaly_loss(teacher, student, opacity, 3.0), expected)
 
 
+@pytest.mark.parametrize("taught", [False, True])
+def test_products_may_be_mined_by_themselves(taught):
+    teacher, student, specialist = features(5), features(5, 1), features(5, 2)
+    opacity = torch.zeros(5, 1, 32, 32)
+    opacity[::2, :, :16] = 1.0
+
+    def loss(rows, groups=None):
+        some = [{name: each[rows] for name, each in part.items()} for part in (teacher, specialist, student)]
+        function, some = (specialist_loss, some) if taught else (anomaly_loss, some[::2])
+        return function(*some, opacity[rows], 3.0, 0.75, groups)
+
+    groups = {0: torch.tensor([1, 2, 4]), 7: torch.tensor([0, 3])}
+    found = loss(torch.arange(5), groups)
+    assert all(torch.allclose(found[rows], loss(rows)) for rows in groups.values())
+    assert not torch.allclose(found, loss(torch.arange(5)))
+
+
 def test_nothing_is_mined_where_nothing_is_good():
     teacher, student = features(1), features(1, 1)
     opacity = torch.ones(1, 1, 32, 32)

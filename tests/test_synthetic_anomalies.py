@@ -196,6 +196,15 @@ def test_foreign_pieces_are_of_other_images(make):
         assert torch.allclose(drawn[number][inside], expected[inside], atol=1e-5)
 
 
+def test_foreign_pieces_may_be_of_the_same_product(make):
+    images = torch.stack([torch.full((3, *SIZE), value) for value in (-1.0, 0.0, 1.0)])
+    groups = {3: torch.tensor([0, 2]), 5: torch.tensor([1])}
+    drawn, opacity = make(1.0, ["foreign"], 0.0).draw(images, doubled, seeded(), groups)
+    moved = (drawn - images).mean(dim=1, keepdim=True)
+    assert torch.allclose(moved, opacity * torch.tensor([2.0, 0.0, -2.0]).view(-1, 1, 1, 1), atol=1e-5)
+    assert [bool(each.any()) for each in opacity] == [True, False, True]
+
+
 def test_edges_are_sharp_or_fade(make):
     grey = torch.zeros(32, 3, *SIZE)
     _, sharp = make(1.0, ["noise"], 0.0).draw(grey, doubled, seeded())

@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from uad_plugins.errors import UadxError
+from uad_plugins.models.descriptors import Groups
 
 OPTION = "model.options.conditional_norm"
 
@@ -30,13 +31,13 @@ class Recognised:
 
     Attributes:
         known: int64 ``(B,)``, while that is known; None: it is recognised.
-        rows: Rows of the batch, int64, by product, while that is known.
+        groups: Rows of the batch, int64, by product, while that is known; see ``groups_of``.
         products: Probabilities, float ``(B, P, 1, 1)``, of the last batch.
     """
 
     def __init__(self) -> None:
         self.known: torch.Tensor | None = None
-        self.rows: dict[int, torch.Tensor] | None = None
+        self.groups: Groups | None = None
         self.products: torch.Tensor | None = None
 
     def __getstate__(self) -> dict[str, None]:
@@ -81,12 +82,11 @@ class RecognisingTeacher(nn.Module):
     def told(self, products: torch.Tensor) -> Iterator[None]:
         """Tell which products the batch shows, int64 ``(B,)``, in place of what is recognised."""
         seen = self.recognised
-        # Asked for once: where the images are on a GPU, it has to be waited for.
-        seen.known, seen.rows = products, {each: torch.nonzero(products == each)[:, 0] for each in set(products.tolist())}
+        seen.known, seen.groups = products, groups_of(products)
         try:
             yield
         finally:
-            seen.known = seen.rows = None
+            seen.known = seen.groups = None
 
     @property
     def has_learnt(self) -> bool:
@@ -164,11 +164,11 @@ class ConditionalNorm(nn.Module):
         return result
 
     def _normalised(self, features: torch.Tensor, products: torch.Tensor) -> torch.Tensor:
-        norm, rows = self.norm, self.recognised.rows
+        norm, groups = self.norm, self.recognised.groups
         if self.means is None or self.variances is None:
             normal: torch.Tensor = norm(features)
             return normal
-        if not (self.training and rows):
+        if not (self.training and groups):
             # Products first, and no matrix product: that would be rounded in mixed precision.
             mean, factor = (
                 (products[:, :, None, 0] * each).sum(dim=1)[..., None]
@@ -178,13 +178,13 @@ class ConditionalNorm(nn.Module):
             return normal * norm.weight[:, None, None] + norm.bias[:, None, None]
         assert norm.momentum is not None
         parts = []
-        for product, places in rows.items():
-            part = features if len(rows) == 1 else features[places]
+        for product, rows in groups.items():
+            part = features if len(groups) == 1 else features[rows]
             # A single value is all there is of its mean.
             several = part[:, 0].numel() > 1
             mean, variance = self.means[product], self.variances[product]
             parts.append(F.batch_norm(part, mean, variance, norm.weight, norm.bias, several, norm.momentum, norm.eps))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)[torch.cat(list(rows.values())).argsort()]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)[torch.cat(list(groups.values())).argsort()]
 
     def settle(self) -> None:
         """Bring the statistics of products into their scale and shift: the result stays as it is in evaluation.
@@ -230,6 +230,14 @@ def settle(network: nn.Module) -> None:
 def plain(teacher: Any) -> Any:
     """Return the teacher itself, recognising or not."""
     return teacher.teacher if isinstance(teacher, RecognisingTeacher) else teacher
+
+
+def groups_of(products: torch.Tensor) -> Groups:
+    """Return the rows that show each product, for products int64 ``(B,)``.
+
+    To be called once for a batch: it waits for the device that they lie on.
+    """
+    return {product: torch.nonzero(products == product)[:, 0] for product in sorted(set(products.tolist()))}
 
 
 def rows_of(categories: Sequence[str] | None, known: Sequence[str]) -> torch.Tensor:

@@ -9,6 +9,9 @@ from torch.nn import functional as F
 
 Features = Mapping[str, torch.Tensor]
 
+Groups = Mapping[int, torch.Tensor]
+"""Rows of a batch, int64, by product."""
+
 MARGIN = 1.0
 """Squared distance from the teacher that a student has to keep on synthetic anomalies.
 
@@ -37,7 +40,12 @@ def _covered(opacity: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def anomaly_loss(
-    teacher: Features, student: Features, opacity: torch.Tensor, weight: float, mining: float = 0.0
+    teacher: Features,
+    student: Features,
+    opacity: torch.Tensor,
+    weight: float,
+    mining: float = 0.0,
+    groups: Groups | None = None,
 ) -> torch.Tensor:
     """Pull the student to its teacher where the part is good, and away from it where an anomaly was drawn.
 
@@ -48,6 +56,7 @@ def anomaly_loss(
         weight: Of the second part, a hinge at ``MARGIN``.
         mining: Share of the good places of a layer in the batch, those that the student follows best, which count
             ``EASY`` of the others, 0..1 exclusive; the mean weight stays 1.
+        groups: Rows of the batch, int64, by product, each of which is mined by itself; None: all of them together.
 
     Returns:
         The loss of each image, float32 ``(B,)``: that of STFPM where nothing was drawn and nothing is mined.
@@ -57,7 +66,7 @@ def anomaly_loss(
         covered, apart = _covered(opacity, distance), distance.float()
         good = (covered <= GOOD).to(apart)
         near = F.relu(MARGIN - apart) * (covered >= ANOMALOUS)
-        losses.append((apart * _mined(apart, good, mining) + weight * near).mean(dim=(1, 2)))
+        losses.append((apart * _mined(apart, good, mining, groups) + weight * near).mean(dim=(1, 2)))
     return torch.stack(losses).sum(dim=0)
 
 
@@ -66,8 +75,13 @@ def well_learnt(apart: torch.Tensor, share: float, among: torch.Tensor | None = 
     return apart < torch.quantile(apart if among is None else apart[among], share)
 
 
-def _mined(apart: torch.Tensor, good: torch.Tensor, share: float) -> torch.Tensor:
-    """Return weights of the good places, of which those that are nearest count less: their mean is 1."""
+def _mined(apart: torch.Tensor, good: torch.Tensor, share: float, groups: Groups | None) -> torch.Tensor:
+    """Return weights of the good places, of which those that are nearest count less: their mean is 1, in each group."""
+    if share and groups is not None and len(groups) > 1:
+        weights = torch.empty_like(good)
+        for rows in groups.values():
+            weights[rows] = _mined(apart[rows], good[rows], share, None)
+        return weights
     if not share or not good.any():
         return good
     weights = good * torch.where(well_learnt(apart.detach(), share, good > 0), EASY, 1.0)
@@ -75,7 +89,13 @@ def _mined(apart: torch.Tensor, good: torch.Tensor, share: float) -> torch.Tenso
 
 
 def specialist_loss(
-    teacher: Features, specialist: Features, student: Features, opacity: torch.Tensor, weight: float, mining: float = 0.0
+    teacher: Features,
+    specialist: Features,
+    student: Features,
+    opacity: torch.Tensor,
+    weight: float,
+    mining: float = 0.0,
+    groups: Groups | None = None,
 ) -> torch.Tensor:
     """Pull the student to a specialist, and as far away from the teacher where an anomaly was drawn as that one is.
 
@@ -89,6 +109,7 @@ def specialist_loss(
         opacity: Of the anomalies, float32 ``(B, 1, H, W)``, 0..1.
         weight: Of the second part: squared distance from the teacher that the student lacks.
         mining: As for ``anomaly_loss``, of all places: those where the student is nearest to the specialist count less.
+        groups: As for ``anomaly_loss``.
 
     Returns:
         The loss of each image, float32 ``(B,)``.
@@ -98,6 +119,6 @@ def specialist_loss(
         origin, goal, place = (F.normalize(features[layer]) for features in (teacher, specialist, student))
         apart, lacking = _apart(goal, place).float(), _apart(origin, goal).float() - _apart(origin, place).float()
         bad = _covered(opacity, apart) >= ANOMALOUS
-        near = apart * _mined(apart, torch.ones_like(apart), mining)
+        near = apart * _mined(apart, torch.ones_like(apart), mining, groups)
         losses.append((near + weight * F.relu(lacking) * bad).mean(dim=(1, 2)))
     return torch.stack(losses).sum(dim=0)

@@ -54,11 +54,11 @@ class SyntheticAnomalyOptions(BaseModel):
         description="Whether the student knows which product it sees: the teacher's features of the whole image say it, and "
         "that scales and shifts the student's channels (conditional batch normalization).",
     )
-    product_statistics: bool = Field(
+    products_apart: bool = Field(
         False,
         strict=True,
-        description="Whether each product is normalised by mean and variance of its own (domain-specific batch "
-        "normalization); needs conditional_norm.",
+        description="Whether each product of a batch is learnt as if it were alone: normalised by mean and variance of its "
+        "own (domain-specific batch normalization), mined by itself, spoilt by pieces of its own; needs conditional_norm.",
     )
 
 

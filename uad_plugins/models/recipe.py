@@ -16,7 +16,8 @@ from uad_plugins.errors import UadxError, UsageError
 from uad_plugins.models.augmentation import vary
 from uad_plugins.models.backbones import CHECKPOINT, WeightsRecord
 from uad_plugins.models.chances import ANOMALIES, chances_of
-from uad_plugins.models.conditional import OPTION, RecognisingTeacher, rows_of
+from uad_plugins.models.conditional import OPTION, RecognisingTeacher, groups_of, rows_of
+from uad_plugins.models.descriptors import Groups
 from uad_plugins.models.options import Filling
 from uad_plugins.models.passes import batches
 from uad_plugins.models.specialists import Parts, Specialists
@@ -59,7 +60,8 @@ class DistillationRecipe:
         anomalies: Draws synthetic anomalies into the training images; None where the method is trained as published.
         specialists: From which the student learns in place of its teacher; None where it learns from the teacher.
         conditional_norm: Whether the student is to know which product it sees; see ``conditional``.
-        product_statistics: Whether it is to normalise each product by itself; see ``ConditionalNorm``.
+        products_apart: Whether each product of a batch is learnt as if it were alone: normalised by mean and variance of its
+            own (see ``ConditionalNorm``), its hard places mined among its own, its foreign pieces from its own images.
         products: Those that it tells apart; none before training, nor where there is one alone.
     """
 
@@ -70,7 +72,7 @@ class DistillationRecipe:
     anomalies: SyntheticAnomalies | None = None
     specialists: Specialists | None = None
     conditional_norm: bool = False
-    product_statistics: bool = False
+    products_apart: bool = False
     products: Sequence[str] = ()
 
     @staticmethod
@@ -112,7 +114,7 @@ class DistillationRecipe:
         if self.anomalies is None:
             return super().training_step(batch, batch_idx, *args, **kwargs)  # type: ignore[misc]
         module: Any = self
-        drawn, opacity = self.with_anomalies(batch.image, batch_idx)
+        drawn, opacity = self.with_anomalies(batch.image, batch_idx, self.groups())
         if self.specialists is None:
             loss = self.loss_with_anomalies(batch.image, drawn, opacity)
         else:
@@ -173,23 +175,23 @@ class DistillationRecipe:
             compare = self.weights_record is not None
             self.specialists = Specialists.load(Path(specialists), self, self.parts, compare=compare)
 
-    def set_conditional(self, norm: bool, statistics: bool, names: Sequence[str]) -> None:
+    def set_conditional(self, norm: bool, apart: bool, names: Sequence[str]) -> None:
         """Take whether the student knows its products, and of a checkpoint, which they are.
 
         Args:
             norm: See ``conditional_norm``.
-            statistics: See ``product_statistics``.
+            apart: See ``products_apart``.
             names: Of the products; none before training.
 
         Raises:
-            UsageError: Products are to be normalised by themselves that nobody tells apart.
+            UsageError: Products are to be learnt apart that nobody tells apart.
         """
-        if statistics and not norm:
+        if apart and not norm:
             raise UsageError(
-                "model.options.product_statistics needs products that are told apart",
+                "model.options.products_apart needs products that are told apart",
                 "set model.options.conditional_norm=true, or leave it out",
             )
-        self.conditional_norm, self.product_statistics = norm, statistics
+        self.conditional_norm, self.products_apart = norm, apart
         self.set_products(names)
 
     def set_products(self, names: Sequence[str]) -> None:
@@ -229,8 +231,9 @@ class DistillationRecipe:
             vary(module.trainer, module, batch, number)
             images = batch.image
             images = images if module.pre_processor is None else module.pre_processor(images)
-            images = images if self.anomalies is None else self.with_anomalies(images, number)[0]
-            yield images, self._products_of(batch).to(module.device)
+            products = self._products_of(batch).to(module.device)
+            groups = groups_of(products) if self.products_apart else None
+            yield images if self.anomalies is None else self.with_anomalies(images, number, groups)[0], products
 
     def _products_of(self, batch: Any) -> torch.Tensor:
         return rows_of(getattr(batch, "category", None), self.products).to(batch.image.device)
@@ -238,6 +241,11 @@ class DistillationRecipe:
     def recogniser(self) -> RecognisingTeacher | None:
         """Return the teacher that tells products apart; None: they are not."""
         return next((each for each in self.model.modules() if isinstance(each, RecognisingTeacher)), None)
+
+    def groups(self) -> Groups | None:
+        """Return which product each image of the batch shows that is trained on, where products are learnt apart."""
+        teacher = self.recogniser() if self.products_apart else None
+        return None if teacher is None else teacher.recognised.groups
 
     def require_categories(self, categories: Iterable[str]) -> None:
         """Check, before training, that these products can be learnt.
@@ -252,14 +260,17 @@ class DistillationRecipe:
         """Return what the run notes of the training: the SHA-256 of the checkpoints of the specialists, by product."""
         return {"specialists": self.specialists.origins} if self.specialists is not None else {}
 
-    def with_anomalies(self, images: torch.Tensor, batch_idx: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    def with_anomalies(
+        self, images: torch.Tensor, batch_idx: int = 0, groups: Groups | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Draw synthetic anomalies into training images, normalised as they are; see ``SyntheticAnomalies.draw``.
 
         Which, the chances of the batch say; see ``chances``.
         """
         assert self.anomalies is not None
         transform = getattr(getattr(self, "pre_processor", None), "transform", None)
-        return self.anomalies.draw(images, transform or nn.Identity(), chances_of(self, batch_idx, ANOMALIES))
+        chances = chances_of(self, batch_idx, ANOMALIES)
+        return self.anomalies.draw(images, transform or nn.Identity(), chances, groups)
 
     def validation_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """Predict, and note the loss of each image in ``held_out_loss``."""

@@ -98,7 +98,7 @@ class ReverseDistillation(DistillationRecipe, AnomalibReverseDistillation):
         specialists: Folder of runs of single products, one or several of each, from whose decoders this one learns, what to
             make of anomalies too.
         conditional_norm: Whether bottleneck and decoder are to know which product they see; see ``conditional``.
-        product_statistics: Whether each product is normalised by mean and variance of its own; see ``ConditionalNorm``.
+        products_apart: Whether each product of a batch is to be learnt as if it were alone; see ``DistillationRecipe``.
         anomaly_weight: Weight of the distance that the decoder has to keep from the encoder on synthetic anomalies; all else
             is then learnt place by place; see ``anomaly_loss``. None: it has to restore the good part there.
         bottleneck_dropout: Share of the bottleneck's values, drawn for each batch, that the decoder has to do without while
@@ -129,7 +129,7 @@ class ReverseDistillation(DistillationRecipe, AnomalibReverseDistillation):
         anomaly_soft_edges: float = SOFT_EDGES,
         specialists: str | None = None,
         conditional_norm: bool = False,
-        product_statistics: bool = False,
+        products_apart: bool = False,
         anomaly_weight: float | None = None,
         bottleneck_dropout: float = 0.0,
         hard_mining: float = 0.0,
@@ -167,7 +167,7 @@ class ReverseDistillation(DistillationRecipe, AnomalibReverseDistillation):
         self.model.by_places = anomaly_weight is not None
         self.bottleneck_dropout = bottleneck_dropout
         self._close()
-        self.set_conditional(conditional_norm, product_statistics, categories)
+        self.set_conditional(conditional_norm, products_apart, categories)
         self.model.to(memory_format=torch.channels_last)
         self.set_anomalies(synthetic_anomalies, anomaly_fillings, anomaly_soft_edges, specialists)
 
@@ -185,7 +185,7 @@ class ReverseDistillation(DistillationRecipe, AnomalibReverseDistillation):
         encoder = self.model.encoder
         self.model.encoder = RecognisingTeacher(encoder, sum(encoder.out_dims), products)
         for student in self.model.bottleneck, self.model.decoder:
-            condition(student, self.model.encoder, own_statistics=self.product_statistics)
+            condition(student, self.model.encoder, own_statistics=self.products_apart)
         self._close()
 
     def _close(self) -> None:
@@ -224,7 +224,8 @@ class ReverseDistillation(DistillationRecipe, AnomalibReverseDistillation):
         )
         if self.anomaly_weight is not None:
             before, goal, after = map(_by_layer, (encoded, taught, decoded))
-            return specialist_loss(before, goal, after, opacity, self.anomaly_weight, self.hard_mining).mean()
+            weight, mining, groups = self.anomaly_weight, self.hard_mining, self.groups()
+            return specialist_loss(before, goal, after, opacity, weight, mining, groups).mean()
         loss: torch.Tensor = self.loss(taught, decoded)
         return loss
 
@@ -232,9 +233,8 @@ class ReverseDistillation(DistillationRecipe, AnomalibReverseDistillation):
         """Have the decoder restore the good part where anomalies are drawn, or no part; see ``DistillationRecipe``."""
         encoded, decoded = self.model(drawn)
         if self.anomaly_weight is not None:
-            return anomaly_loss(
-                _by_layer(encoded), _by_layer(decoded), opacity, self.anomaly_weight, self.hard_mining
-            ).mean()
+            before, after, groups = _by_layer(encoded), _by_layer(decoded), self.groups()
+            return anomaly_loss(before, after, opacity, self.anomaly_weight, self.hard_mining, groups).mean()
         chosen = opacity.amax(dim=(1, 2, 3)) > 0
         if chosen.any():
             good = plain(self.model.encoder)(images[chosen]).values()

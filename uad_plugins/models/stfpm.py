@@ -94,7 +94,7 @@ class Stfpm(DistillationRecipe, AnomalibStfpm):
             make of anomalies too.
         student_backbone: The student's, a timm ResNet whose features are shaped like the teacher's; None: the same.
         conditional_norm: Whether the student is to know which product it sees; see ``conditional``.
-        product_statistics: Whether each product is normalised by mean and variance of its own; see ``ConditionalNorm``.
+        products_apart: Whether each product of a batch is to be learnt as if it were alone; see ``DistillationRecipe``.
         categories: Names of the products that a checkpoint tells apart; not to be given otherwise.
         pre_processor: See anomalib.
         post_processor: See anomalib.
@@ -119,7 +119,7 @@ class Stfpm(DistillationRecipe, AnomalibStfpm):
         specialists: str | None = None,
         student_backbone: str | None = None,
         conditional_norm: bool = False,
-        product_statistics: bool = False,
+        products_apart: bool = False,
         categories: Sequence[str] = (),
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
@@ -143,7 +143,7 @@ class Stfpm(DistillationRecipe, AnomalibStfpm):
         self.model.backbone = backbone
         self.loss = MeanSTFPMLoss()
         self.anomaly_weight = anomaly_weight
-        self.set_conditional(conditional_norm, product_statistics, categories)
+        self.set_conditional(conditional_norm, products_apart, categories)
         self.model.to(memory_format=torch.channels_last)
         self.set_anomalies(synthetic_anomalies, anomaly_fillings, anomaly_soft_edges, specialists)
 
@@ -161,7 +161,7 @@ class Stfpm(DistillationRecipe, AnomalibStfpm):
         """See ``DistillationRecipe``."""
         teacher = self.model.teacher_model
         self.model.teacher_model = RecognisingTeacher(teacher, sum(teacher.out_dims), products)
-        condition(self.model.student_model, self.model.teacher_model, own_statistics=self.product_statistics)
+        condition(self.model.student_model, self.model.teacher_model, own_statistics=self.products_apart)
 
     def loss_with_anomalies(self, images: torch.Tensor, drawn: torch.Tensor, opacity: torch.Tensor) -> torch.Tensor:
         """Keep the student apart from its teacher where anomalies are drawn; see ``DistillationRecipe``."""

@@ -15,6 +15,7 @@ from anomalib.data.utils.generators.perlin import PerlinAnomalyGenerator
 from torch.nn import functional as F
 
 from uad_plugins.errors import UsageError
+from uad_plugins.models.descriptors import Groups
 from uad_plugins.models.options import FILLINGS, SOFT_EDGES, Filling
 
 LARGEST_BANK, SMALLEST_BANK, BANK_BYTES = 256, 32, 1 << 26
@@ -118,7 +119,11 @@ class SyntheticAnomalies:
         self._bank: torch.Tensor | None = None
 
     def draw(
-        self, images: torch.Tensor, normalize: Callable[[torch.Tensor], torch.Tensor], generator: torch.Generator
+        self,
+        images: torch.Tensor,
+        normalize: Callable[[torch.Tensor], torch.Tensor],
+        generator: torch.Generator,
+        groups: Groups | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Draw anomalies into a batch.
 
@@ -126,6 +131,7 @@ class SyntheticAnomalies:
             images: float ``(B, 3, H, W)``, normalised.
             normalize: Turns RGB in 0..1 of this size into what ``images`` are, each channel by a factor and an amount.
             generator: On the CPU; says which images get one, which, where, how opaque, and what it is filled with.
+            groups: Rows of the batch, int64, by product: pieces of other images are then those of the same; None: of any.
 
         Returns:
             The images with anomalies, and their opacity, float ``(B, 1, H, W)`` in 0..1, 0 where the image is as it was or
@@ -145,8 +151,8 @@ class SyntheticAnomalies:
         which, places, soft, _, strength, kind, how = chances[chosen].split([1, 4, 1, 1, 1, 1, 4], dim=1)
         drawn, opacities, rows = images.clone(), torch.zeros_like(images[:, :1]), chosen.to(images.device)
         if len(rows):
-            # The image before each is the other one; that before the first is the last.
-            parts, others = ((images[these] - black) / (white - black) for these in (rows, rows - 1))
+            others = _before(len(images), groups, images.device)[rows]
+            parts, others = ((images[these] - black) / (white - black) for these in (rows, others))
             shapes = self._bank[(which[:, 0] * len(self._bank)).long().to(images.device)]
             material = Material(parts, others, shapes, places, how)
             opacity, filling = self._opacity(material, soft[:, 0], strength), self._filling(material, kind[:, 0])
@@ -170,6 +176,14 @@ class SyntheticAnomalies:
             if len(rows):
                 filling[rows.to(filling.device)] = MAKERS[name](material.at(rows))
         return filling
+
+
+def _before(count: int, groups: Groups | None, device: torch.device) -> torch.Tensor:
+    """Return the row before each, int64 ``(count,)``, of those of the same group; before the first is the last."""
+    before = torch.arange(-1, count - 1, device=device) % count
+    for rows in groups.values() if groups else ():
+        before[rows] = rows.roll(1)
+    return before
 
 
 def _moved(images: torch.Tensor, chances: torch.Tensor) -> torch.Tensor:

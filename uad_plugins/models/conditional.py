@@ -32,12 +32,14 @@ class Recognised:
     Attributes:
         known: int64 ``(B,)``, while that is known; None: it is recognised.
         groups: Rows of the batch, int64, by product, while that is known; see ``groups_of``.
+        in_order: Whether those of each product follow one another: the batch need not be brought in order.
         products: Probabilities, float ``(B, P, 1, 1)``, of the last batch.
     """
 
     def __init__(self) -> None:
         self.known: torch.Tensor | None = None
         self.groups: Groups | None = None
+        self.in_order: bool | None = None
         self.products: torch.Tensor | None = None
 
     def __getstate__(self) -> dict[str, None]:
@@ -82,11 +84,11 @@ class RecognisingTeacher(nn.Module):
     def told(self, products: torch.Tensor) -> Iterator[None]:
         """Tell which products the batch shows, int64 ``(B,)``, in place of what is recognised."""
         seen = self.recognised
-        seen.known, seen.groups = products, groups_of(products)
+        seen.known, seen.groups, seen.in_order = products, groups_of(products), bool((products.diff() >= 0).all())
         try:
             yield
         finally:
-            seen.known = seen.groups = None
+            seen.known = seen.groups = seen.in_order = None
 
     @property
     def has_learnt(self) -> bool:
@@ -158,33 +160,38 @@ class ConditionalNorm(nn.Module):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Normalise features ``(B, C, h, w)``."""
-        products = self.recognised.products
+        seen, products = self.recognised, self.recognised.products
         assert products is not None
-        result: torch.Tensor = self._normalised(features, products) * (1 + self.scale(products)) + self.shift(products)
+        if self.means is not None and self.variances is not None and not (self.training and seen.groups):
+            # The mean over the products, by no matrix product: autocast would round that.
+            shares = products[..., 0].to(self.means)
+            affine = self._affine(self.means, self.variances)
+            factor, offset = ((shares * each).sum(dim=1)[..., None, None] for each in affine)
+            return torch.addcmul(offset, features, factor).to(features.dtype)
+        normal = self.norm(features) if self.means is None else self._normalised_apart(features)
+        result: torch.Tensor = normal * (1 + self.scale(products)) + self.shift(products)
         return result
 
-    def _normalised(self, features: torch.Tensor, products: torch.Tensor) -> torch.Tensor:
+    def _affine(self, means: torch.Tensor, variances: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what features are multiplied by, and what is added: of each product, ``(P, C)``, as its moments are."""
+        scale, shift = (1 + self.scale.weight[..., 0, 0].T).to(means), self.shift.weight[..., 0, 0].T.to(means)
+        factor = scale * self.norm.weight * torch.rsqrt(variances + self.norm.eps)
+        return factor, scale * self.norm.bias + shift - means * factor
+
+    def _normalised_apart(self, features: torch.Tensor) -> torch.Tensor:
+        """Normalise the images of each product by their own mean and variance, and keep running ones."""
         norm, groups = self.norm, self.recognised.groups
-        if self.means is None or self.variances is None:
-            normal: torch.Tensor = norm(features)
-            return normal
-        if not (self.training and groups):
-            # Products first, and no matrix product: that would be rounded in mixed precision.
-            mean, factor = (
-                (products[:, :, None, 0] * each).sum(dim=1)[..., None]
-                for each in (self.means[..., None], torch.rsqrt(self.variances + norm.eps)[..., None])
-            )
-            normal = (features - mean) * factor
-            return normal * norm.weight[:, None, None] + norm.bias[:, None, None]
-        assert norm.momentum is not None
+        assert groups and self.means is not None and self.variances is not None and norm.momentum is not None
+        rows = torch.cat(list(groups.values()))
+        if not self.recognised.in_order:
+            features = features[rows]
         parts = []
-        for product, rows in groups.items():
-            part = features if len(groups) == 1 else features[rows]
+        for product, part in zip(groups, features.split([len(each) for each in groups.values()]), strict=True):
             # A single value is all there is of its mean.
-            several = part[:, 0].numel() > 1
-            mean, variance = self.means[product], self.variances[product]
+            several, mean, variance = part[:, 0].numel() > 1, self.means[product], self.variances[product]
             parts.append(F.batch_norm(part, mean, variance, norm.weight, norm.bias, several, norm.momentum, norm.eps))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)[torch.cat(list(groups.values())).argsort()]
+        normal = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return normal if self.recognised.in_order else normal[rows.argsort()]
 
     def settle(self) -> None:
         """Bring the statistics of products into their scale and shift: the result stays as it is in evaluation.
@@ -197,15 +204,14 @@ class ConditionalNorm(nn.Module):
         assert norm.running_mean is not None and norm.running_var is not None
         with torch.no_grad():
             means, variances = self.means.double(), self.variances.double()
-            weight, bias = norm.weight.double(), norm.bias.double()
-            scale, shift = (each.weight[..., 0, 0].T.double() for each in (self.scale, self.shift))
+            factor, offset = self._affine(means, variances)
             mean = means.mean(dim=0)
             variance = (variances + means.square()).mean(dim=0) - mean.square()
-            factor = torch.rsqrt(variances + norm.eps)
-            ratio = factor * torch.sqrt(variance + norm.eps)
-            beyond = (mean - means) * factor * weight + (1 - ratio) * bias
-            self.shift.weight.copy_(((1 + scale) * beyond + shift).T[..., None, None])
-            self.scale.weight.copy_(((1 + scale) * ratio - 1).T[..., None, None])
+            # What the norm by itself does, to be made up for.
+            usual = norm.weight * torch.rsqrt(variance + norm.eps)
+            ratio = torch.where(usual == 0, 1, factor / usual)
+            self.scale.weight.copy_((ratio - 1).T[..., None, None])
+            self.shift.weight.copy_((offset - ratio * (norm.bias - mean * usual)).T[..., None, None])
             norm.running_mean.copy_(mean)
             norm.running_var.copy_(variance)
         self.means = self.variances = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any, cast
 
@@ -106,7 +107,12 @@ class DistillationRecipe:
         teacher = self.recogniser()
         if teacher is None:
             return self._training_step(batch, batch_idx, *args, **kwargs)
-        with teacher.told(self._products_of(batch)):
+        products = self._products_of(batch)
+        if self.products_apart:
+            order = products.argsort(stable=True)
+            batch, products = copy(batch), products[order]
+            batch.image, batch.category = batch.image[order], [batch.category[row] for row in order.tolist()]
+        with teacher.told(products):
             return self._training_step(batch, batch_idx, *args, **kwargs)
 
     def _training_step(self, batch: Any, batch_idx: int, *args: Any, **kwargs: Any) -> Any:

@@ -31,16 +31,26 @@ class Recognised:
 
     Attributes:
         known: int64 ``(B,)``, while that is known; None: it is recognised.
-        groups: Rows of the batch, int64, by product, while that is known; see ``groups_of``.
-        in_order: Whether those of each product follow one another: the batch need not be brought in order.
+        in_order: Whether the rows of each product follow one another, once ``groups`` is found: nothing to reorder.
         products: Probabilities, float ``(B, P, 1, 1)``, of the last batch.
     """
 
     def __init__(self) -> None:
         self.known: torch.Tensor | None = None
-        self.groups: Groups | None = None
-        self.in_order: bool | None = None
         self.products: torch.Tensor | None = None
+        self.in_order: bool | None = None
+        self._groups: Groups | None = None
+
+    @property
+    def groups(self) -> Groups | None:
+        """Rows of the batch, int64, by product, while that is known; when first asked for; see ``groups_of``."""
+        if self._groups is None and self.known is not None:
+            self._groups, self.in_order = groups_of(self.known), bool((self.known.diff() >= 0).all())
+        return self._groups
+
+    def tell(self, products: torch.Tensor | None) -> None:
+        """Take what is known of the next batch, int64 ``(B,)``; None: nothing."""
+        self.known, self._groups, self.in_order = products, None, None
 
     def __getstate__(self) -> dict[str, None]:
         """Leave the batch behind: its tensors are of no use to a copy."""
@@ -83,12 +93,11 @@ class RecognisingTeacher(nn.Module):
     @contextmanager
     def told(self, products: torch.Tensor) -> Iterator[None]:
         """Tell which products the batch shows, int64 ``(B,)``, in place of what is recognised."""
-        seen = self.recognised
-        seen.known, seen.groups, seen.in_order = products, groups_of(products), bool((products.diff() >= 0).all())
+        self.recognised.tell(products)
         try:
             yield
         finally:
-            seen.known = seen.groups = seen.in_order = None
+            self.recognised.tell(None)
 
     @property
     def has_learnt(self) -> bool:
@@ -162,7 +171,7 @@ class ConditionalNorm(nn.Module):
         """Normalise features ``(B, C, h, w)``."""
         seen, products = self.recognised, self.recognised.products
         assert products is not None
-        if self.means is not None and self.variances is not None and not (self.training and seen.groups):
+        if self.means is not None and self.variances is not None and not (self.training and seen.known is not None):
             # The mean over the products, by no matrix product: autocast would round that.
             shares = products[..., 0].to(self.means)
             affine = self._affine(self.means, self.variances)

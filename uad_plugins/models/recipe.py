@@ -62,7 +62,8 @@ class DistillationRecipe:
         specialists: From which the student learns in place of its teacher; None where it learns from the teacher.
         conditional_norm: Whether the student is to know which product it sees; see ``conditional``.
         products_apart: Whether each product of a batch is learnt as if it were alone: normalised by mean and variance of its
-            own (see ``ConditionalNorm``), its hard places mined among its own, its foreign pieces from its own images.
+            own (see ``ConditionalNorm``), its hard places mined among its own (see ``anomaly_loss``), its foreign pieces
+            from its own images.
         products: Those that it tells apart; none before training, nor where there is one alone.
     """
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 
 
 def test_the_page_of_commands_is_what_the_program_says():
@@ -17,7 +17,7 @@ def test_the_page_of_commands_is_what_the_program_says():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
     for target, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", page.read_text()):
         found = page.parent / target if target else page
@@ -28,7 +28,7 @@ def test_links_lead_somewhere(page):
             assert anchor in anchors, f"{target}#{anchor}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_in_the_documents_exist_with_their_options(page):
     helped = (ROOT / "docs" / "commands.md").read_text()
     for line in re.findall(r"^\s*(uadx [a-z][^#\n`]*)", page.read_text(), re.MULTILINE):

@@ -129,6 +129,37 @@ def test_an_aliased_backbone_takes_the_chosen_weights():
     assert torch.equal(module.state_dict()["conv1.weight"], reference.state_dict()["conv1.weight"])
 
 
+def test_the_hubs_weights_are_loaded_and_recorded(monkeypatch):
+    """timm's own function stands in for the hub: as the run sees it, weights that were fetched."""
+    create, fetched = timm.create_model, []
+
+    def from_the_hub(name, pretrained=False, **options):
+        model = create(name, **options)
+        if pretrained:
+            fetched.append(model)
+        return model
+
+    monkeypatch.setattr(timm, "create_model", from_the_hub)
+    monkeypatch.setattr(backbones, "require_hub", lambda _: None)
+    module = cut()
+    record = load_backbone(module, "resnet18.a1_in1k", "hub")
+    (model,) = fetched
+    assert torch.equal(module.state_dict()["layer2.0.conv1.weight"], model.state_dict()["layer2.0.conv1.weight"])
+    assert (record.source, record.architecture, record.origin) == ("hub", "resnet18.a1_in1k", "timm/resnet18.a1_in1k")
+    other = load_backbone(cut(), "resnet18.tv_in1k", "hub")
+    assert (other.origin, other.sha256 == record.sha256) == ("timm/resnet18.tv_in1k", False)
+
+
+def test_an_alias_keeps_to_its_own_weight_tag(monkeypatch):
+    asked = []
+    monkeypatch.setattr(backbones, "load_backbone", lambda module, architecture, source: asked.append(architecture))
+    names = [alias(name) for name in ("resnet18.a1_in1k", "resnet18.tv_in1k", "resnet18")]
+    with backbone_weights("hub"):
+        for name in names:
+            timm.create_model(name, pretrained=True)
+    assert asked == ["resnet18.a1_in1k", "resnet18.tv_in1k", "resnet18"]
+
+
 def test_an_aliased_backbone_is_never_silently_random():
     with pytest.raises(UadxError, match="no weights chosen"):
         timm.create_model(alias("resnet18"), pretrained=True)

@@ -15,6 +15,7 @@ from uadx.output import program
 
 from uad_plugins import doctor
 from uad_plugins.errors import UadxError
+from uad_plugins.evaluation.record import origin_of
 
 
 def isolated(code):
@@ -181,6 +182,40 @@ def test_an_unknown_category_is_judged_by_the_pooled_threshold(uadx, products, t
     assert "'linen' was not trained on" in err
     pooled = json.loads((trained / "thresholds.json").read_text())["pooled"]["value"]
     assert json.loads(out)["decisions"]["linen"]["threshold"] == pooled
+
+
+def test_products_that_were_not_trained_on_are_left_out_unless_they_are_asked_for(uadx, products, trained, tmp_path):
+    run, data = (shutil.copytree(source, tmp_path / source.name) for source in (trained, products))
+    shutil.copytree(data / "fabric", data / "linen")
+    status, out, err = uadx("evaluate", run, data, "--json")
+    assert status == 0
+    report = json.loads(out)
+    assert sorted(report["categories"]) == ["connector", "fabric", "washer"]
+    assert "note: not trained on, and left out: linen; --category NAME measures one all the same\n" in err
+    # What is kept for bundles is the mean over its own products.
+    assert json.loads((run / "evaluation.json").read_text())["mean"] == report["mean"]
+    status, out, err = uadx("evaluate", run, data, "--category", "linen", "--json")
+    assert sorted(json.loads(out)["categories"]) == ["linen"]
+    assert "'linen' was not trained on" in err
+
+
+def test_the_layout_that_was_named_for_training_is_taken_again(uadx, products, trained, bundle, tmp_path):
+    run, data = shutil.copytree(trained, tmp_path / "run"), shutil.copytree(products, tmp_path / "data")
+    seen = sorted((data / "fabric" / "train" / "good").iterdir())[:2]
+    (data / "index.csv").write_text("".join(["path,category,split,label\n", *(f"{path},fabric,test,0\n" for path in seen)]))
+    status, out, _ = uadx("evaluate", run, data, "--json")
+    assert (status, json.loads(out)["pooled"]["normal"]) == (0, 2)
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("layout: null", "layout: mvtec"))
+    status, out, _ = uadx("evaluate", run, data, "--json")
+    assert (status, json.loads(out)["pooled"]["normal"]) == (0, 12)
+    status, out, _ = uadx("evaluate", run, data, "--layout", "index", "--json")
+    assert (status, json.loads(out)["pooled"]["normal"]) == (0, 2)
+    # A folder that cannot have that layout has its own; a bundle knows the layout too.
+    status, out, _ = uadx("evaluate", run, data / "index.csv", "--json")
+    assert (status, json.loads(out)["pooled"]["normal"]) == (0, 2)
+    assert origin_of(bundle)["layout"] == origin_of(trained)["layout"]
+    assert origin_of(tmp_path) == {}
 
 
 def test_data_check_finds_problems_and_says_so_with_its_exit_status(uadx, products, tmp_path):

@@ -56,7 +56,10 @@ def test_later_sources_win(tmp_path):
     ("tree", "message", "hint"),
     [
         ({"optimizer": {"lrr": 1}}, "unknown configuration key 'optimizer.lrr'", "did you mean 'optimizer.lr'?"),
-        ({"optimiser": {"lr": 1}}, "unknown configuration key 'optimiser'", "did you mean"),
+        ({"optimiser": {"lr": 1}}, "unknown configuration key 'optimiser'", "did you mean 'optimizer'?"),
+        ({"modl": {"name": "stfpm"}}, "unknown configuration key 'modl'", "did you mean 'model'?"),
+        ({"lr": 1}, "unknown configuration key 'lr'", "did you mean 'optimizer.lr'?"),
+        ({"quality": 1}, "unknown configuration key 'quality'", "known keys: augmentation, data, model, optimizer, plugins"),
         ({"data": {"size": 64}}, "unknown configuration key 'data.size'", "data.image_size"),
         ({"data": {"image_size": 8}}, "data.image_size: must be at least 32 pixels", "given: 8"),
         ({"data": {"image_size": "abc"}}, "data.image_size: Input should be a valid integer", "given: 'abc'"),

@@ -251,6 +251,17 @@ def test_only_what_the_run_held_out_counts_as_held_out(small, products, tmp_path
     assert set(manifest.calibration["images"]) == {"connector", "fabric", "washer"}
 
 
+def test_the_layout_that_was_named_for_training_is_taken_again_where_the_data_lies_now(small, products, tmp_path):
+    run, data = shutil.copytree(small, tmp_path / "run"), shutil.copytree(products, tmp_path / "data")
+    image = next((data / "fabric" / "train" / "good").iterdir())
+    (data / "index.csv").write_text(f"path,category,split,label\n{image},fabric,train,0\n")
+    with pytest.raises(UadxError, match="none of the images of fabric is there that were held out"):
+        samples_of(Run(run), str(data), lambda _: None)
+    config = Run(run).config_file
+    config.write_text(config.read_text().replace("layout: null", "layout: mvtec"))
+    assert len(samples_of(Run(run), str(data), pytest.fail)) == len(scan(products))
+
+
 def test_changed_images_of_a_run_that_does_not_say_what_it_held_out_are_refused(small, products, tmp_path):
     run = shutil.copytree(small, tmp_path / "run")
     (run / "split.json").unlink()

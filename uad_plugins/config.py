@@ -327,7 +327,9 @@ def unknown_key(location: Sequence[str], known: set[str]) -> UsageError:
     """Build the error for a configuration key that does not exist, with the nearest one that does."""
     key = ".".join(location)
     section = ".".join(location[:-1])
-    siblings = {name.rpartition(".")[2]: name for name in sorted(known) if name.rpartition(".")[0] == section}
+    above = f"{section}." if section else ""
+    words = sorted({name.removeprefix(above).partition(".")[0] for name in known if name.startswith(above)})
+    siblings = {word: above + word for word in words}
     elsewhere = (name for name in sorted(known) if name.endswith(f".{location[-1]}"))
     # By the last word among its siblings: what all of them begin with makes any two alike.
     near = nearest(location[-1], siblings)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from uad_plugins.artifacts import read_json, sha256_of, versions, write_json
+from uad_plugins.artifacts import Run, read_json, sha256_of, versions, write_json
 from uad_plugins.errors import UadxError
 from uad_plugins.evaluation.thresholds import Thresholds
 
@@ -125,6 +125,10 @@ class Quantized:
         """Read the decision thresholds."""
         return Thresholds.from_dict(read_json(self.thresholds_file))
 
+    def source(self) -> dict[str, Any]:
+        """Return where it came from, as ``Run.source`` of its run."""
+        return self.manifest().source
+
     def check_files(self, manifest: QuantizedManifest) -> None:
         """Compare the model's files with the manifest.
 
@@ -154,3 +158,12 @@ class Quantized:
         if status != "finished":
             raise UadxError(f"{folder}: its quantization is not finished", "run 'uadx quantize' again with --resume")
         return station
+
+
+def open_trained(folder: Path) -> Run | Quantized:
+    """Open what was trained: a finished run, or a quantized model.
+
+    Raises:
+        UadxError: It is neither, or unfinished, or rejected.
+    """
+    return Quantized.open(folder) if (folder.expanduser() / MANIFEST).is_file() else Run.open(folder)

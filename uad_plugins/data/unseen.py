@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from uad_plugins.data.layouts import scan
+from uad_plugins.data.layouts import scan, usual_layout
 from uad_plugins.data.samples import SampleTable, split_again
 from uad_plugins.errors import UadxError
 
@@ -23,7 +23,7 @@ def unseen(data: str, layout: str | None, origin: Mapping[str, Any]) -> tuple[Sa
 
     Args:
         data: Folder or index file.
-        layout: Name of its layout; None recognises it.
+        layout: Name of its layout; None takes that of the training where it fits, or recognises it.
         origin: What the training began with, as ``Run.source`` gives it.
 
     Returns:
@@ -45,7 +45,7 @@ def unseen(data: str, layout: str | None, origin: Mapping[str, Any]) -> tuple[Sa
         )
     if again is not None and (same_place or again.fingerprint() == fingerprint):
         return again, again.where(split="val"), True
-    samples = scan(data, layout)
+    samples = scan(data, layout or usual_layout(data, origin))
     seen = _seen(origin)
     chosen = [index for index in range(len(samples)) if os.path.realpath(samples.paths[index]) not in seen]
     return samples, np.array(chosen, dtype=np.int64), False
@@ -54,7 +54,7 @@ def unseen(data: str, layout: str | None, origin: Mapping[str, Any]) -> tuple[Sa
 def _as_trained(data: str, layout: str | None, origin: Mapping[str, Any]) -> SampleTable | None:
     """Index data with the splits of the training; None where that cannot be done, so that it is other data."""
     try:
-        found = scan(data, layout or origin["layout"], origin["categories"])
+        found = scan(data, layout or usual_layout(data, origin), origin["categories"])
         return split_again(found, origin)
     except UadxError:
         return None

@@ -155,6 +155,7 @@ def _manifest(plugin: TargetPlugin, source: Source, result: PackagingResult, opt
                 "name": source.folder.name,
                 "run": Path(str(split.get("run"))).name,
                 "checkpoint_sha256": split.get("checkpoint_sha256"),
+                "layout": split.get("layout"),
                 "seed": split.get("seed"),
                 "val_fraction": split.get("val_fraction"),
             },

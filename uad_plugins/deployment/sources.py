@@ -10,7 +10,7 @@ from typing import Any
 from uad_plugins.artifacts import MANIFEST as RUN_MANIFEST
 from uad_plugins.artifacts import Run, read_json
 from uad_plugins.config import model_plugin
-from uad_plugins.data.layouts import scan
+from uad_plugins.data.layouts import scan, usual_layout
 from uad_plugins.data.samples import SampleTable, split_again
 from uad_plugins.detector import Detector, open_detector
 from uad_plugins.errors import UadxError, UsageError
@@ -78,12 +78,11 @@ class Source:
             UadxError: ``data`` was given and holds no data set.
         """
         root = data or str(self.split.get("data"))
-        if data is None and not Path(root).is_dir():
+        if data is None and not Path(root).exists():
             return None
         try:
-            return split_again(
-                scan(root, None if data else self.split.get("layout"), self.split.get("categories")), self.split
-            )
+            found = scan(root, usual_layout(root, self.split), self.split.get("categories"))
+            return split_again(found, self.split)
         except UadxError:
             if data is not None:
                 raise

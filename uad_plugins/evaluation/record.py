@@ -1,4 +1,7 @@
-"""The latest evaluation of a run or quantized model, kept in its folder so that a bundle made of it can say so."""
+"""What is on record of a model: its origin, and its latest evaluation.
+
+The evaluation is kept in the folder of a run or quantized model so that a bundle made of it can say so.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,10 @@ from typing import Any
 
 from uad_plugins.artifacts import MANIFEST as RUN_MANIFEST
 from uad_plugins.artifacts import Run, read_json, write_json
+from uad_plugins.deployment.bundle import is_bundle, read_manifest
 from uad_plugins.errors import UadxError
 from uad_plugins.quantized import MANIFEST as QUANTIZED_MANIFEST
-from uad_plugins.quantized import Quantized
+from uad_plugins.quantized import Quantized, open_trained
 
 NAME = "evaluation.json"
 FIGURES = ("categories", "mean", "pooled")
@@ -37,6 +41,16 @@ def kept(folder: Path) -> dict[str, Any]:
         content = read_json(folder / NAME)
         if isinstance(content, dict) and content.pop("model", None) == _model(folder):
             return content
+    return {}
+
+
+def origin_of(folder: Path) -> dict[str, Any]:
+    """Return what the training of a run, quantized model or bundle began with, as ``Run.source`` gives it.
+
+    A bundle says little of it, and other folders, or damaged ones, nothing.
+    """
+    with suppress(UadxError):
+        return dict(read_manifest(folder).source if is_bundle(folder) else open_trained(folder).source())
     return {}
 
 

@@ -110,9 +110,9 @@ def require_architecture(name: str, known: list[str] | None = None) -> str:
 
 
 def alias(architecture: str) -> str:
-    """Register the second name of an architecture with timm and return it."""
+    """Register the second name of an architecture, and of its weights where they are tagged, with timm and return it."""
     bare = architecture.partition(".")[0]
-    name = f"uadx_{bare}"
+    name = f"uadx_{architecture.replace('.', '_')}"
     if not timm.is_model(name):
 
         def build(pretrained: bool = False, **options: Any) -> nn.Module:

@@ -12,6 +12,7 @@ import onnx
 
 from uad_plugins.artifacts import Run, checked, sha256_of, write_json
 from uad_plugins.config import model_plugin, ratio_scale, validated
+from uad_plugins.data.layouts import usual_layout
 from uad_plugins.data.samples import ANOMALOUS, SampleTable
 from uad_plugins.detector import Detector
 from uad_plugins.errors import UadxError, UsageError
@@ -167,7 +168,9 @@ def _taken(calibration: Calibration) -> str:
 def _source(run: Run, data: str | None) -> dict[str, Any]:
     """Return where the result comes from; the data is where it lies now, and the licence travels along."""
     source = {**run.source(), "weights": with_licence(run.manifest().weights)}
-    return source if data is None else {**source, "data": str(Path(data).expanduser().absolute()), "layout": None}
+    if data is None:
+        return source
+    return {**source, "data": str(Path(data).expanduser().absolute()), "layout": usual_layout(data, source)}
 
 
 def _check_folder(station: Quantized, order: Order) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from uad_plugins.artifacts import Run, read_json
-from uad_plugins.data.layouts import scan
+from uad_plugins.data.layouts import scan, usual_layout
 from uad_plugins.data.samples import NORMAL, SampleTable, split_again
 from uad_plugins.errors import UadxError
 
@@ -26,7 +26,7 @@ def samples_of(run: Run, data: str | None, tell: Callable[[str], None]) -> Sampl
     root = data or str(manifest.data.get("root"))
     if not Path(root).expanduser().exists():
         raise UadxError(f"{root}: the run's data is not there", "say where it is now: --data DATA")
-    found = scan(root, config.data.layout if data is None else None, config.data.categories)
+    found = scan(root, usual_layout(root, run.source()), config.data.categories)
     foreign = [name for name in found.categories if name not in manifest.categories]
     if foreign:
         tell(f"note: the run was not trained on {', '.join(foreign)}: left out")

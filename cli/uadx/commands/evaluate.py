@@ -19,7 +19,7 @@ def evaluate(
         typer.Option("--out", help="Folder for report.html, report.json, scores.csv and heat maps.", metavar="DIR"),
     ] = None,
     all_maps: Annotated[bool, typer.Option("--all-maps", help="Write the heat map of every test image.")] = False,
-    layout: Annotated[str | None, typer.Option("--layout", help="Data layout; recognised by itself otherwise.")] = None,
+    layout: Annotated[str | None, typer.Option("--layout", help="Data layout; as in training, or recognised.")] = None,
     category: Annotated[list[str] | None, typer.Option("--category", help="This category alone (repeatable).")] = None,
     engine: Annotated[
         str | None, typer.Option("--engine", help="What executes the model; chosen by itself otherwise.")
@@ -27,20 +27,25 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Measure a bundle, a quantized model or a run on a labelled test set, category by category."""
-    from uad_plugins.data.layouts import scan
+    from uad_plugins.data.layouts import scan, usual_layout
     from uad_plugins.detector import open_detector
 
     try:
         from uad_plugins.evaluation.evaluate import evaluate as measure
-        from uad_plugins.evaluation.record import keep
+        from uad_plugins.evaluation.record import keep, origin_of
         from uad_plugins.evaluation.report import HEADINGS, figure, write_report
     except ModuleNotFoundError as error:
         raise missing_extra("evaluating", "train", error) from error
-    samples = scan(data, layout, category)
+    samples = scan(data, layout or usual_layout(data, origin_of(run.expanduser())), category)
     out = result_folder(out)
     with open_detector(run, engine) as detector, counting("scoring images") as progress:
-        for name in sorted(set(samples.categories) - set(detector.categories)):
-            note(f"warning: '{name}' was not trained on; it is judged by the pooled threshold")
+        foreign = [name for name in samples.categories if name not in detector.categories]
+        if foreign and category is None and len(foreign) < len(samples.categories):
+            note(f"note: not trained on, and left out: {', '.join(foreign)}; --category NAME measures one all the same")
+            samples = samples.only([name for name in samples.categories if name not in foreign])
+        else:
+            for name in foreign:
+                note(f"warning: '{name}' was not trained on; it is judged by the pooled threshold")
         result = measure(detector, samples, out=out, all_maps=all_maps, progress=progress)
         missing = sorted(set(detector.categories) - set(result.report["categories"]))
     report = result.report

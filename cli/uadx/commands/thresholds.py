@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -17,7 +17,7 @@ def thresholds(
         str, typer.Option("--method", help="normal-fpr (good images alone) or best-f1 (labelled).")
     ] = "normal-fpr",
     target_fpr: Annotated[float, typer.Option("--target-fpr", help="Share of good parts that may be rejected.")] = 0.01,
-    layout: Annotated[str | None, typer.Option("--layout", help="Data layout; recognised by itself otherwise.")] = None,
+    layout: Annotated[str | None, typer.Option("--layout", help="Data layout; as in training, or recognised.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show them, store nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
@@ -32,10 +32,11 @@ def thresholds(
     from uad_plugins.data.unseen import unseen
     from uad_plugins.detector import open_detector
     from uad_plugins.evaluation.thresholds import check_request, thresholds_from_samples
+    from uad_plugins.quantized import open_trained
 
     check_request(method, target_fpr)
-    trained_on, thresholds_file = _trained_on(run)
-    samples, indices, held_out = unseen(data, layout, trained_on)
+    station = open_trained(run)
+    samples, indices, held_out = unseen(data, layout, station.source())
     kind = "held out from training" if held_out else f"of {data}"
     if held_out:
         note("note: the run was trained on this data; the images held out from training are used")
@@ -49,14 +50,14 @@ def thresholds(
             method=method,
             target_fpr=target_fpr,
             kind=kind,
-            ratio_scale=ratio_scale(_method(run)),
+            ratio_scale=ratio_scale(station.manifest().model),
             progress=progress,
         )
         result, kept = result.over(detector.thresholds, detector.categories)
     if kept:
         note(f"note: not measured, and kept as they were: {', '.join(kept)}")
     if not dry_run:
-        write_json(thresholds_file, result.as_dict())
+        write_json(station.thresholds_file, result.as_dict())
     if as_json:
         emit_json(result.as_dict())
         return
@@ -65,23 +66,3 @@ def thresholds(
         for n, t in [*result.categories.items(), ("pooled", result.pooled)]
     ]
     table(["category", "threshold", "how", "normal", "anomalous"], rows)
-
-
-def _trained_on(folder: Path) -> tuple[dict[str, Any], Path]:
-    """Return what a run, or the run that a quantized model came from, was trained on, and the file of its thresholds."""
-    from uad_plugins.artifacts import Run
-    from uad_plugins.quantized import MANIFEST, Quantized
-
-    if (folder / MANIFEST).is_file():
-        station = Quantized.open(folder)
-        return station.manifest().source, station.thresholds_file
-    run = Run.open(folder)
-    return run.source(), run.thresholds_file
-
-
-def _method(folder: Path) -> str:
-    """Return the method of a run or a quantized model."""
-    from uad_plugins.artifacts import Run
-    from uad_plugins.quantized import MANIFEST, Quantized
-
-    return (Quantized.open(folder) if (folder / MANIFEST).is_file() else Run.open(folder)).manifest().model

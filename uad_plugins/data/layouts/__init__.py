@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from uad_plugins.data.layouts.walking import MASK_FOLDERS, walk
 from uad_plugins.data.samples import SampleTable, relative_to
@@ -73,6 +74,27 @@ def scan(root: str | Path, layout: str | None = None, categories: Sequence[str] 
             f"expected {plugin.summary}; name another with --layout",
         )
     return table.only(categories) if categories else table
+
+
+def usual_layout(root: str | Path, origin: Mapping[str, Any]) -> str | None:
+    """Return the layout that somebody named when a training began, where that is to be taken again.
+
+    Args:
+        root: Folder or index file.
+        origin: What the training began with, as ``Run.source`` gives it.
+
+    Returns:
+        Its name, where the root is what was trained on, or may have that layout as well; None where the layout is to be
+        recognised.
+    """
+    name = origin.get("layout")
+    if not name or not str(root).strip():
+        return None
+    root = _absolute(root)
+    if origin.get("data") and os.path.realpath(root) == os.path.realpath(str(origin["data"])):
+        return str(name)
+    plugins = [plugin for plugin in registry().items("layout") if plugin.name == name]
+    return str(name) if plugins and root.exists() and _confidence(plugins[0], root) > 0 else None
 
 
 def left_out(root: str | Path, table: SampleTable, layout: str | None = None) -> dict[str, int]:

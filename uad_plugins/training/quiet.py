@@ -45,6 +45,8 @@ def quiet_libraries() -> Iterator[None]:
             # A memory bank is filled without an optimizer.
             ".*configure_optimizers. returned .None.*",
             ".*Trying to infer the `batch_size`.*",
+            # val_loss is gathered already; the log has the train_loss of the first of several processes.
+            ".*recommended to use .self.log.*sync_dist=True.*",
         ):
             warnings.filterwarnings("ignore", message=pattern)
         try:

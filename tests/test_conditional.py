@@ -112,9 +112,9 @@ def test_each_product_is_normalised_by_itself():
     assert torch.equal(norm.means[1], means[1])
 
 
-@pytest.mark.parametrize("cls", METHODS)
-def test_each_product_of_a_batch_is_learnt_as_if_it_were_alone(cls, monkeypatch):
-    options = {"synthetic_anomalies": 1.0, "anomaly_fillings": ["foreign"], "anomaly_weight": 3.0}
+@pytest.mark.parametrize(("cls", "weight"), [(Stfpm, 3.0), (ReverseDistillation, 3.0), (ReverseDistillation, None)])
+def test_each_product_of_a_batch_is_learnt_as_if_it_were_alone(cls, weight, monkeypatch):
+    options = {"synthetic_anomalies": 1.0, "anomaly_fillings": ["foreign"], "anomaly_weight": weight}
     if cls is ReverseDistillation:
         options["hard_mining"] = 0.75
     model = in_training(cls, monkeypatch, **BY_PRODUCT, **options)
@@ -123,7 +123,9 @@ def test_each_product_of_a_batch_is_learnt_as_if_it_were_alone(cls, monkeypatch)
         drawn, opacity = model.with_anomalies(batch, 0, model.groups())
     assert model.groups() is None
 
-    def loss(rows):
+    weight = norms(model)[-2].norm.weight
+
+    def learnt(rows):
         # A batch is brought in the order of its products.
         order = sorted(rows, key=lambda row: NAMES.index(names[row]))
         monkeypatch.setattr(model, "with_anomalies", lambda *_: (drawn[order], opacity[order]))
@@ -131,10 +133,11 @@ def test_each_product_of_a_batch_is_learnt_as_if_it_were_alone(cls, monkeypatch)
         some.category = [names[row] for row in rows]
         result = model.training_step(some)["loss"]
         assert some.category == [names[row] for row in rows]
-        return result
+        return torch.cat([result.reshape(1), *torch.autograd.grad(result, weight)])
 
-    whole = loss(range(6))
-    assert torch.allclose(whole, (2 * loss([1, 4]) + 4 * loss([0, 2, 3, 5])) / 6, rtol=1e-4)
+    whole, nuts, rings = learnt(range(6)), learnt([1, 4]), learnt([0, 2, 3, 5])
+    assert whole[1:].abs().max() > 0
+    assert torch.allclose(whole, (2 * nuts + 4 * rings) / 6, rtol=1e-3, atol=1e-6)
 
 
 def test_a_product_with_a_single_value_has_no_variance():

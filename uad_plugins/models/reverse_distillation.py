@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -22,7 +22,7 @@ from uad_plugins.errors import UsageError
 from uad_plugins.models.backbones import CHECKPOINT, HUB, load_backbone, require_architecture
 from uad_plugins.models.chances import DROPOUT, chances_of
 from uad_plugins.models.conditional import RecognisingTeacher, condition, plain
-from uad_plugins.models.descriptors import EASY, anomaly_loss, distances, specialist_loss, well_learnt
+from uad_plugins.models.descriptors import EASY, Groups, anomaly_loss, distances, specialist_loss, well_learnt
 from uad_plugins.models.options import FILLINGS, SOFT_EDGES, Filling
 from uad_plugins.models.recipe import DistillationRecipe
 from uad_plugins.models.specialists import Parts, Specialists
@@ -52,17 +52,18 @@ class AnyLayoutLoss(ReverseDistillationLoss):
     Args:
         mining: Share of the places of a layer in the batch, those restored best, whose gradient counts ``EASY`` of the
             others', 0..1 exclusive. 0 is the published loss.
+        groups: Gives the rows of the batch by product, each of which is mined by itself; None: all of them together.
     """
 
-    def __init__(self, mining: float = 0.0) -> None:
+    def __init__(self, mining: float = 0.0, groups: Callable[[], Groups | None] = lambda: None) -> None:
         super().__init__()
-        self.mining = mining
+        self.mining, self.groups = mining, groups
 
     def forward(self, encoder_features: list[torch.Tensor], decoder_features: list[torch.Tensor]) -> torch.Tensor:
         """Return the scalar loss of two lists of features ``(B, C, H, W)``."""
         if self.mining:
-            pairs = zip(encoder_features, decoder_features, strict=True)
-            decoder_features = [_held_back(before, after, self.mining) for before, after in pairs]
+            pairs, groups = zip(encoder_features, decoder_features, strict=True), self.groups()
+            decoder_features = [_held_back(before, after, self.mining, groups) for before, after in pairs]
         loss: torch.Tensor = ReverseDistillationLoss.forward(
             [feature.contiguous() for feature in encoder_features],
             [feature.contiguous() for feature in decoder_features],
@@ -70,10 +71,13 @@ class AnyLayoutLoss(ReverseDistillationLoss):
         return loss
 
 
-def _held_back(before: torch.Tensor, after: torch.Tensor, share: float) -> torch.Tensor:
+def _held_back(before: torch.Tensor, after: torch.Tensor, share: float, groups: Groups | None) -> torch.Tensor:
     """Return the decoder's features as they are, with a smaller gradient where they are nearest to the encoder's."""
-    easy = well_learnt(1 - F.cosine_similarity(before.float(), after.detach().float()), share)[:, None]
-    return torch.where(easy, after.detach() + EASY * (after - after.detach()), after)
+    apart = 1 - F.cosine_similarity(before.float(), after.detach().float())
+    easy = torch.empty_like(apart, dtype=torch.bool)
+    for rows in groups.values() if groups is not None else [slice(None)]:
+        easy[rows] = well_learnt(apart[rows], share)
+    return torch.where(easy[:, None], after.detach() + EASY * (after - after.detach()), after)
 
 
 def _by_layer(features: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -162,7 +166,7 @@ class ReverseDistillation(DistillationRecipe, AnomalibReverseDistillation):
         if weights != CHECKPOINT:
             self.weights_record = load_backbone(self.model.encoder.feature_extractor, backbone, weights)
         self.set_recipe(optimizer, RECIPE)
-        self.loss = AnyLayoutLoss(hard_mining)
+        self.loss = AnyLayoutLoss(hard_mining, self.groups)
         self.anomaly_weight, self.hard_mining = anomaly_weight, hard_mining
         self.model.by_places = anomaly_weight is not None
         self.bottleneck_dropout = bottleneck_dropout

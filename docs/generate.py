@@ -61,15 +61,20 @@ def values(schema):
 
 def table(schema, prefix=""):
     """Return the keys of a pydantic model as a table."""
-    lines = ["| key | values | default | what |", "| --- | --- | --- | --- |"]
+    return "\n".join(["| key | values | default | what |", "| --- | --- | --- | --- |", *rows(schema, prefix)]) + "\n"
+
+
+def rows(schema, prefix):
+    """Yield a row for each key of a pydantic model, and of the models in it; the sections of a training have tables."""
     defaults = schema().model_dump(mode="json")
     for name, facts in schema.model_json_schema()["properties"].items():
-        if "$ref" in facts:
+        below = schema.model_fields[name].annotation
+        if hasattr(below, "model_fields"):
+            yield from rows(below, f"{prefix}{name}.") if schema is not TrainConfig else ()
             continue
         default = json.dumps(defaults[name], ensure_ascii=False)
         cells = [f"`{prefix}{name}`", values(facts), f"`{default}`", facts.get("description", "")]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
+        yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def configuration():

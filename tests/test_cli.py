@@ -192,14 +192,22 @@ def test_products_that_were_not_trained_on_are_left_out_unless_they_are_asked_fo
     report = json.loads(out)
     assert sorted(report["categories"]) == ["connector", "fabric", "washer"]
     assert "note: not trained on, and left out: linen; --category NAME measures one all the same\n" in err
+    assert report["left_out"] == ["linen"]
     # What is kept for bundles is the mean over its own products.
     assert json.loads((run / "evaluation.json").read_text())["mean"] == report["mean"]
-    status, out, err = uadx("evaluate", run, data, "--category", "linen", "--json")
-    assert sorted(json.loads(out)["categories"]) == ["linen"]
+    every = [word for name in ("connector", "fabric", "linen", "washer") for word in ("--category", name)]
+    status, out, err = uadx("evaluate", run, data, *every, "--json")
+    assert sorted(json.loads(out)["categories"]) == ["connector", "fabric", "linen", "washer"]
     assert "'linen' was not trained on" in err
+    assert json.loads((run / "evaluation.json").read_text())["mean"] == report["mean"]
+    # Where no product of its own has a test image, there is nothing to leave out.
+    for name in ("connector", "fabric", "washer"):
+        shutil.rmtree(data / name / "test")
+    status, out, err = uadx("evaluate", run, data, "--json")
+    assert (status, sorted(json.loads(out)["categories"])) == (0, ["linen"])
 
 
-def test_the_layout_that_was_named_for_training_is_taken_again(uadx, products, trained, bundle, tmp_path):
+def test_the_layout_that_was_named_for_training_is_taken_again(uadx, products, trained, tmp_path):
     run, data = shutil.copytree(trained, tmp_path / "run"), shutil.copytree(products, tmp_path / "data")
     seen = sorted((data / "fabric" / "train" / "good").iterdir())[:2]
     (data / "index.csv").write_text("".join(["path,category,split,label\n", *(f"{path},fabric,test,0\n" for path in seen)]))
@@ -211,11 +219,17 @@ def test_the_layout_that_was_named_for_training_is_taken_again(uadx, products, t
     assert (status, json.loads(out)["pooled"]["normal"]) == (0, 12)
     status, out, _ = uadx("evaluate", run, data, "--layout", "index", "--json")
     assert (status, json.loads(out)["pooled"]["normal"]) == (0, 2)
-    # A folder that cannot have that layout has its own; a bundle knows the layout too.
+    # What cannot have that layout has its own; a bundle knows the layout too.
     status, out, _ = uadx("evaluate", run, data / "index.csv", "--json")
     assert (status, json.loads(out)["pooled"]["normal"]) == (0, 2)
-    assert origin_of(bundle)["layout"] == origin_of(trained)["layout"]
+    assert origin_of(run)["layout"] == "mvtec"
     assert origin_of(tmp_path) == {}
+    status, _, err = uadx("deploy", run, "--target", "onnx", "--out", tmp_path / "bundle", "--data", products)
+    assert status == 0, err
+    status, out, _ = uadx("evaluate", tmp_path / "bundle", data, "--json")
+    assert (status, json.loads(out)["pooled"]["normal"]) == (0, 12)
+    (run / "split.json").write_text("{}")
+    assert origin_of(run) == {}
 
 
 def test_data_check_finds_problems_and_says_so_with_its_exit_status(uadx, products, tmp_path):

@@ -98,6 +98,16 @@ def test_a_quantized_model_that_knows_no_fingerprint_recognises_the_place(produc
     assert len(samples) == len(scan(products))
 
 
+def test_the_layout_that_was_named_for_training_is_taken_again(products, trained, tmp_path):
+    data = shutil.copytree(products, tmp_path / "copy")
+    image = next((data / "fabric" / "train" / "good").iterdir())
+    (data / "index.csv").write_text(f"path,category,split,label\n{image},fabric,train,0\n")
+    origin = Run(trained).source()
+    assert len(unseen(str(data), None, origin)[0]) == 1
+    samples, chosen, held_out = unseen(str(data), None, {**origin, "layout": "mvtec"})
+    assert (len(samples), len(chosen), held_out) == (len(scan(products)), 3, True)
+
+
 def test_data_without_an_unseen_image_is_refused(uadx, products, run, tmp_path):
     rows = [s for s in hold_out(scan(products), 0.1, 0) if s.split == "train"]
     index = tmp_path / "index.jsonl"

@@ -59,6 +59,8 @@ def test_later_sources_win(tmp_path):
         ({"optimiser": {"lr": 1}}, "unknown configuration key 'optimiser'", "did you mean 'optimizer'?"),
         ({"modl": {"name": "stfpm"}}, "unknown configuration key 'modl'", "did you mean 'model'?"),
         ({"lr": 1}, "unknown configuration key 'lr'", "did you mean 'optimizer.lr'?"),
+        ({"method": 1}, "unknown configuration key 'method'", "did you mean 'thresholds.method'?"),
+        ({"train_batch_size": 1}, "unknown configuration key 'train_batch_size'", "did you mean 'data.train_batch_size'?"),
         ({"quality": 1}, "unknown configuration key 'quality'", "known keys: augmentation, data, model, optimizer, plugins"),
         ({"data": {"size": 64}}, "unknown configuration key 'data.size'", "data.image_size"),
         ({"data": {"image_size": 8}}, "data.image_size: must be at least 32 pixels", "given: 8"),

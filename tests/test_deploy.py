@@ -6,21 +6,24 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from uad_plugins.artifacts import write_json
+from uad_plugins.artifacts import Run, write_json
+from uad_plugins.data.layouts import scan
 from uad_plugins.deployment.bundle import Bundle
 from uad_plugins.deployment.deploy import Order, deploy
 from uad_plugins.deployment.jetson.uadx_jetson.bundle import read_bundle
 from uad_plugins.deployment.servers import read_pbtxt
+from uad_plugins.deployment.sources import Source
 from uad_plugins.deployment.verify import random_images
 from uad_plugins.detector import open_detector
 from uad_plugins.errors import UadxError, UsageError
 from uad_plugins.quantization.quantize import Order as QuantizationOrder
-from uad_plugins.quantization.quantize import quantize
+from uad_plugins.quantization.quantize import quantize, source_of
 from uad_plugins.testing import TargetConformance
 
 
@@ -66,6 +69,25 @@ def test_the_manifest_says_where_everything_comes_from(bundle, trained):
     assert manifest.metrics["verified_on"] == "held-out images"
     assert manifest.source["checkpoint_sha256"]
     assert str(trained.parent) not in (bundle / "bundle.json").read_text(), "no folder of this machine"
+
+
+def test_data_is_found_by_the_layout_that_was_named_for_training(products, trained, tmp_path):
+    """Also an index file, and after quantizing with data that lies elsewhere."""
+    images = sorted((products / "fabric" / "train" / "good").iterdir())
+    index = tmp_path / "index.csv"
+    index.write_text("".join(["path,category,split,label\n", *(f"{path},fabric,train,0\n" for path in images)]))
+    origin = {**Run(trained).source(), "fingerprint": None, "held_out": None}
+    table = Source.table(SimpleNamespace(split={**origin, "data": str(index), "layout": "index"}))
+    assert len(table) == len(images)
+    data = shutil.copytree(products, tmp_path / "copy")
+    shutil.copy(index, data)
+    for layout, count in ((None, len(images)), ("mvtec", len(scan(products)))):
+        assert len(Source.table(SimpleNamespace(split={**origin, "layout": layout}), str(data))) == count
+    run = shutil.copytree(trained, tmp_path / "run")
+    config = Run(run).config_file
+    config.write_text(config.read_text().replace("layout: null", "layout: mvtec"))
+    assert source_of(Run(run), str(data))["layout"] == "mvtec"
+    assert source_of(Run(run), str(index))["layout"] is None
 
 
 def test_the_model_card_has_tables_and_pictures(bundle):

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from uad_plugins.config import TrainConfig, keys
+from uad_plugins.registry import registry
+
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 
@@ -15,6 +18,25 @@ PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 def test_the_page_of_commands_is_what_the_program_says():
     done = subprocess.run([sys.executable, str(ROOT / "docs" / "generate.py"), "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_page_of_the_configuration_has_every_key():
+    table = set(re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs" / "configuration.md").read_text(), re.MULTILINE))
+    assert table >= set(keys(TrainConfig))
+    assert len({plugin.options for plugin in registry().items("model")}) > 3
+    for plugin in registry().items("model"):
+        assert table >= {f"model.options.{key}" for key in keys(plugin.options)}, plugin.name
+    for kind in "quantizer", "target":
+        for plugin in registry().items(kind):
+            assert table >= set(keys(plugin.options)), plugin.name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_tables_are_complete(page):
+    for table in re.findall(r"(?:^\|.*\n)+", page.read_text(), re.MULTILINE):
+        cells = [len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()]
+        assert len(set(cells)) == 1, table.splitlines()[cells.index(min(cells))]
+    assert not re.search(r"\b(TODO|TBD)\b", page.read_text())
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

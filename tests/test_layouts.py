@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from uad_plugins.data.layouts import recognise, scan
+from uad_plugins.data.layouts import recognise, scan, usual_layout
 from uad_plugins.data.samples import Sample, relative_to
 from uad_plugins.errors import UadxError, UsageError
 
@@ -278,6 +278,21 @@ def test_hidden_files_and_folders_and_other_files_are_ignored(tmp_path):
     touch(tmp_path, "bolt/train/good/._000.png", "bolt/train/good/.cache/x.png", ".git/train/good/x.png")
     touch(tmp_path, "bolt/train/good/Thumbs.db", "bolt/test/.crack/x.png", "bolt/ground_truth/crack/._000_mask.png")
     assert rows(scan(tmp_path)) == expected
+
+
+def test_a_layout_that_was_named_is_taken_again_where_a_product_of_the_training_lies_in_it(tmp_path):
+    """As a run says it: named was ``folder``, of whose products there is one in the copy, and none in the other data."""
+    origin = {"data": str(tmp_path / "home"), "layout": "folder", "products": ["bolt", "nut"]}
+    touch(tmp_path / "copy", "bolt/good/0.png", "bolt/bent/0.png")
+    touch(tmp_path / "other", *(path.removeprefix("bolt/") for path in MVTEC if path.startswith("bolt")))
+    assert usual_layout(tmp_path / "home", origin) == "folder"
+    assert usual_layout(tmp_path / "copy", origin) == "folder"
+    assert usual_layout(tmp_path / "copy", {**origin, "layout": "visa"}) is None
+    assert usual_layout(tmp_path / "other", origin) is None
+    assert scan(tmp_path / "other", "folder").categories == ["test", "train"], "it might be that layout"
+    for nothing in ({}, {"layout": None}, {**origin, "layout": "gone"}, {**origin, "products": []}):
+        assert usual_layout(tmp_path / "copy", nothing) is None
+    assert usual_layout(tmp_path / "nowhere", origin) is None
 
 
 def test_samples_are_absolute_and_complete(tmp_path):

@@ -176,8 +176,17 @@ class Run:
         return self.folder / "split.json"
 
     def held_out(self) -> set[str] | None:
-        """Return the images held out from training, relative to the data; None: the run is older than this note."""
-        return set(read_json(self.split_file)["val"]) if self.split_file.is_file() else None
+        """Return the images held out from training, relative to the data; None: the run is older than this note.
+
+        Raises:
+            UadxError: The note is damaged.
+        """
+        if not self.split_file.is_file():
+            return None
+        content = read_json(self.split_file)
+        if not isinstance(content, Mapping) or not isinstance(content.get("val"), list):
+            raise UadxError(f"{self.split_file}: damaged: no list 'val'", "copy the run again, or train again")
+        return set(content["val"])
 
     @property
     def skipped_file(self) -> Path:
@@ -230,6 +239,7 @@ class Run:
             "fingerprint": manifest.data.get("fingerprint"),
             "layout": config.data.layout,
             "categories": config.data.categories,
+            "products": manifest.categories,
             "val_fraction": config.data.val_fraction,
             "seed": config.split_seed,
             "held_out": None if held_out is None else sorted(held_out),

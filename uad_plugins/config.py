@@ -40,7 +40,7 @@ class DataConfig(Section):
 
     layout: str | None = Field(None, description="Data layout; null recognises it.")
     categories: list[str] | None = Field(None, description="Restrict to these categories; null takes all.")
-    image_size: int | tuple[PositiveInt, PositiveInt] = Field(256, description="Input side in pixels, or [height, width].")
+    image_size: int | tuple[PositiveInt, PositiveInt] = Field(256, description="Input side, or [height, width], from 32 px.")
     train_batch_size: PositiveInt = Field(32, description="Images in a training batch, in each process.")
     eval_batch_size: PositiveInt = Field(32, description="Images that the network sees at once in evaluation.")
     num_workers: Annotated[int, Field(ge=0)] | None = Field(None, description="Loader processes; null chooses by cores.")
@@ -330,10 +330,10 @@ def unknown_key(location: Sequence[str], known: set[str]) -> UsageError:
     above = f"{section}." if section else ""
     words = sorted({name.removeprefix(above).partition(".")[0] for name in known if name.startswith(above)})
     siblings = {word: above + word for word in words}
-    elsewhere = (name for name in sorted(known) if name.endswith(f".{location[-1]}"))
+    elsewhere = [name for name in sorted(known) if name.endswith(f".{location[-1]}")]
     # By the last word among its siblings: what all of them begin with makes any two alike.
-    near = nearest(location[-1], siblings)
-    close = siblings[near] if near else next(elsewhere, None) or (None if siblings else nearest(key, known))
+    near = None if len(elsewhere) == 1 else nearest(location[-1], siblings)
+    close = siblings[near] if near else next(iter(elsewhere), None) or (None if siblings else nearest(key, known))
     hint = f"did you mean '{close}'?" if close else f"known keys: {', '.join(sorted(siblings.values())) or 'none'}"
     return UsageError(f"unknown configuration key '{key}'", hint)
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from uad_plugins.data.layouts import scan, usual_layout
+from uad_plugins.data.layouts import same_place, scan, usual_layout
 from uad_plugins.data.samples import SampleTable, split_again
 from uad_plugins.errors import UadxError
 
@@ -34,16 +33,15 @@ def unseen(data: str, layout: str | None, origin: Mapping[str, Any]) -> tuple[Sa
         UadxError: The data cannot be read, or it is what was trained on, has changed since, and the training noted no names
             of the images that it held out.
     """
-    trained_in, fingerprint = str(origin["data"]), origin.get("fingerprint")
-    same_place = Path(data).expanduser().resolve() == Path(trained_in).resolve()
+    fingerprint, at_home = origin.get("fingerprint"), same_place(data, origin)
     again = _as_trained(data, layout, origin)
     changed = again is None or fingerprint not in (None, again.fingerprint())
-    if same_place and changed and (again is None or origin.get("held_out") is None):
+    if at_home and changed and (again is None or origin.get("held_out") is None):
         raise UadxError(
             f"{data}: has changed since it was trained on: which of its images were held out is not known any more",
             "give images that the training has not seen, in a folder of their own",
         )
-    if again is not None and (same_place or again.fingerprint() == fingerprint):
+    if again is not None and (at_home or again.fingerprint() == fingerprint):
         return again, again.where(split="val"), True
     samples = scan(data, layout or usual_layout(data, origin))
     seen = _seen(origin)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ class Evaluation:
 
     Attributes:
         report: Metrics as ``CategoryMetrics.report`` gives them, with ``decisions`` (how the stored thresholds did),
-            ``unreadable`` (reason by path) and ``detector``.
+            ``unreadable`` (reason by path), ``left_out`` (products that were not measured) and ``detector``.
         rows: One dictionary an image.
         pictures: Examples written, when an output folder was given.
     """
@@ -53,6 +54,7 @@ def evaluate(
     out: Path | None = None,
     all_maps: bool = False,
     examples: int = 4,
+    left_out: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Evaluation:
     """Score the test split and compute the report.
@@ -63,6 +65,7 @@ def evaluate(
         out: Folder for ``report.json``, ``scores.csv`` and pictures; None writes nothing.
         all_maps: Write the heat map of every test image, not of a few examples.
         examples: Pictures of each category.
+        left_out: Products that were there and are not in the table; the report names them.
         progress: Called with images done and images in all.
 
     Raises:
@@ -104,6 +107,7 @@ def evaluate(
         **metrics.report(),
         "decisions": _decisions(result.rows),
         "unreadable": unreadable,
+        "left_out": list(left_out),
         "detector": {"name": detector.name, "engine": detector.engine, "image_size": list(detector.image_size)},
     }
     if out is not None:

@@ -50,7 +50,10 @@ def origin_of(folder: Path) -> dict[str, Any]:
     A bundle says little of it, and other folders, or damaged ones, nothing.
     """
     with suppress(UadxError):
-        return dict(read_manifest(folder).source if is_bundle(folder) else open_trained(folder).source())
+        if not is_bundle(folder):
+            return open_trained(folder).source()
+        manifest = read_manifest(folder)
+        return {**manifest.source, "products": manifest.categories}
     return {}
 
 

@@ -129,7 +129,7 @@ def quantize(order: Order, tell: Callable[[str], None] = lambda _: None) -> Quan
             backend=order.backend,
             options=options.model_dump(mode="json"),
             calibration=calibration.record,
-            source=_source(run, order.data),
+            source=source_of(run, order.data),
         )
         _begin(station, manifest, order)
         with quiet_quantizers():
@@ -165,7 +165,7 @@ def _taken(calibration: Calibration) -> str:
     return f"{len(calibration)} calibration samples ({calibration.source}){rest}"
 
 
-def _source(run: Run, data: str | None) -> dict[str, Any]:
+def source_of(run: Run, data: str | None) -> dict[str, Any]:
     """Return where the result comes from; the data is where it lies now, and the licence travels along."""
     source = {**run.source(), "weights": with_licence(run.manifest().weights)}
     if data is None:

@@ -26,13 +26,14 @@ def samples_of(run: Run, data: str | None, tell: Callable[[str], None]) -> Sampl
     root = data or str(manifest.data.get("root"))
     if not Path(root).expanduser().exists():
         raise UadxError(f"{root}: the run's data is not there", "say where it is now: --data DATA")
-    found = scan(root, usual_layout(root, run.source()), config.data.categories)
+    origin = run.source()
+    found = scan(root, usual_layout(root, origin), config.data.categories)
     foreign = [name for name in found.categories if name not in manifest.categories]
     if foreign:
         tell(f"note: the run was not trained on {', '.join(foreign)}: left out")
     table = found.only([name for name in found.categories if name in manifest.categories])
     held = run.held_out()
-    table = split_again(table, run.source())
+    table = split_again(table, origin)
     lost = [
         name
         for name in table.categories

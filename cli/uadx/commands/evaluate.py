@@ -26,7 +26,10 @@ def evaluate(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Measure a bundle, a quantized model or a run on a labelled test set, category by category."""
+    """Measure a bundle, a quantized model or a run on a labelled test set, category by category.
+
+    Categories that it was not trained on are left out, unless --category names them or there are no others.
+    """
     from uad_plugins.data.layouts import scan, usual_layout
     from uad_plugins.detector import open_detector
 
@@ -39,22 +42,25 @@ def evaluate(
     samples = scan(data, layout or usual_layout(data, origin_of(run.expanduser())), category)
     out = result_folder(out)
     with open_detector(run, engine) as detector, counting("scoring images") as progress:
-        foreign = [name for name in samples.categories if name not in detector.categories]
-        if foreign and category is None and len(foreign) < len(samples.categories):
-            note(f"note: not trained on, and left out: {', '.join(foreign)}; --category NAME measures one all the same")
-            samples = samples.only([name for name in samples.categories if name not in foreign])
+        tested = [name for name in samples.categories if len(samples.where(split="test", category=name))]
+        left_out = [name for name in tested if name not in detector.categories]
+        if left_out and category is None and len(left_out) < len(tested):
+            note(f"note: not trained on, and left out: {', '.join(left_out)}; --category NAME measures one all the same")
+            samples = samples.only([name for name in samples.categories if name not in left_out])
         else:
-            for name in foreign:
+            for name in left_out:
                 note(f"warning: '{name}' was not trained on; it is judged by the pooled threshold")
-        result = measure(detector, samples, out=out, all_maps=all_maps, progress=progress)
-        missing = sorted(set(detector.categories) - set(result.report["categories"]))
+            left_out = []
+        result = measure(detector, samples, out=out, all_maps=all_maps, left_out=left_out, progress=progress)
     report = result.report
+    missing = sorted(set(detector.categories) - set(report["categories"]))
     if missing and category is None:
         note(f"warning: no test image of {', '.join(missing)}: not measured, and not in the mean")
-    if not missing:
+    if set(report["categories"]) == set(detector.categories):
         keep(run.expanduser(), data, report)
     if out is not None:
-        write_report(result, out / "report.html", title="Evaluation", facts={"model": str(run), "data": data})
+        facts = {"model": str(run), "data": data, **({"left out": ", ".join(left_out)} if left_out else {})}
+        write_report(result, out / "report.html", title="Evaluation", facts=facts)
     for path, reason in report["unreadable"].items():
         note(f"warning: {path}: {reason}")
     if as_json:

@@ -6,6 +6,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -84,17 +85,28 @@ def usual_layout(root: str | Path, origin: Mapping[str, Any]) -> str | None:
         origin: What the training began with, as ``Run.source`` gives it.
 
     Returns:
-        Its name, where the root is what was trained on, or may have that layout as well; None where the layout is to be
-        recognised.
+        Its name, where the root is what was trained on, or has a product of the training in that layout; None where the
+        layout is to be recognised.
     """
     name = origin.get("layout")
     if not name or not str(root).strip():
         return None
-    root = _absolute(root)
-    if origin.get("data") and os.path.realpath(root) == os.path.realpath(str(origin["data"])):
+    if same_place(root, origin):
         return str(name)
-    plugins = [plugin for plugin in registry().items("layout") if plugin.name == name]
-    return str(name) if plugins and root.exists() and _confidence(plugins[0], root) > 0 else None
+    root = _absolute(root)
+    plugin = next((plugin for plugin in registry().items("layout") if plugin.name == name), None)
+    if plugin is None or not root.exists() or _confidence(plugin, root) <= 0:
+        return None
+    with suppress(UadxError, OSError):
+        if not {sample.category for sample in plugin.scan(root)}.isdisjoint(origin.get("products") or ()):
+            return str(name)
+    return None
+
+
+def same_place(root: str | Path, origin: Mapping[str, Any]) -> bool:
+    """Tell whether a root is where the data lay that was trained on; see ``usual_layout``."""
+    trained_in = origin.get("data")
+    return bool(trained_in) and os.path.realpath(_absolute(root)) == os.path.realpath(str(trained_in))
 
 
 def left_out(root: str | Path, table: SampleTable, layout: str | None = None) -> dict[str, int]:

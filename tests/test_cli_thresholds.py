@@ -108,6 +108,11 @@ def test_the_layout_that_was_named_for_training_is_taken_again(products, trained
     assert (len(samples), len(chosen), held_out) == (len(scan(products)), 3, True)
 
 
+def test_a_layout_that_there_is_not_is_named(uadx, products, run):
+    status, _, err = uadx("thresholds", run, products, "--layout", "mvtc")
+    assert (status, err.splitlines()[0]) == (2, "error: unknown layout 'mvtc'")
+
+
 def test_data_without_an_unseen_image_is_refused(uadx, products, run, tmp_path):
     rows = [s for s in hold_out(scan(products), 0.1, 0) if s.split == "train"]
     index = tmp_path / "index.jsonl"

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from uad_plugins.data.layouts import same_place, scan, usual_layout
 from uad_plugins.data.samples import SampleTable, split_again
 from uad_plugins.errors import UadxError
+from uad_plugins.registry import registry
 
 
 def unseen(data: str, layout: str | None, origin: Mapping[str, Any]) -> tuple[SampleTable, NDArray[np.int64], bool]:
@@ -30,9 +31,13 @@ def unseen(data: str, layout: str | None, origin: Mapping[str, Any]) -> tuple[Sa
         the images held out are chosen.
 
     Raises:
+        UsageError: Unknown layout.
         UadxError: The data cannot be read, or it is what was trained on, has changed since, and the training noted no names
             of the images that it held out.
     """
+    if layout:
+        # A name that there is not says nothing of the data.
+        registry().get("layout", layout)
     fingerprint, at_home = origin.get("fingerprint"), same_place(data, origin)
     again = _as_trained(data, layout, origin)
     changed = again is None or fingerprint not in (None, again.fingerprint())

@@ -22,17 +22,15 @@ def samples_of(run: Run, data: str | None, tell: Callable[[str], None]) -> Sampl
     Raises:
         UadxError: The data is not there, or it can no longer be told which images were held out.
     """
-    config, manifest = run.config(), run.manifest()
+    origin, manifest = run.source(), run.manifest()
     root = data or str(manifest.data.get("root"))
     if not Path(root).expanduser().exists():
         raise UadxError(f"{root}: the run's data is not there", "say where it is now: --data DATA")
-    origin = run.source()
-    found = scan(root, usual_layout(root, origin), config.data.categories)
+    found = scan(root, usual_layout(root, origin), origin["categories"])
     foreign = [name for name in found.categories if name not in manifest.categories]
     if foreign:
         tell(f"note: the run was not trained on {', '.join(foreign)}: left out")
     table = found.only([name for name in found.categories if name in manifest.categories])
-    held = run.held_out()
     table = split_again(table, origin)
     lost = [
         name
@@ -45,7 +43,7 @@ def samples_of(run: Run, data: str | None, tell: Callable[[str], None]) -> Sampl
             "give the data that the run was trained on, wherever it lies now (--data), or train anew",
         )
     changed = _changes(run, table)
-    if changed and held is None:
+    if changed and origin["held_out"] is None:
         raise UadxError(
             f"{root}: the training images have changed since the run was trained ({', '.join(changed)})",
             "what was held out from its training cannot be told any more: put them back as they were, or train anew",

@@ -16,6 +16,7 @@ from anomalib.data import Folder
 from anomalib.engine import Engine
 from anomalib.models import ReverseDistillation, Stfpm
 
+from uad_plugins.artifacts import sha256_of
 from uad_plugins.config import from_assignments, merge, recipe_path, resolve, to_yaml
 from uad_plugins.data.datamodule import UnifiedDataModule
 from uad_plugins.data.layouts import scan
@@ -120,13 +121,16 @@ def main():
     log = arguments.out / "accuracy.jsonl"
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     done = {row["key"] for row in rows}
-    categories = scan(arguments.data).categories
+    samples = scan(arguments.data)
+    categories = samples.categories
+    weights = Path(arguments.weights)
+    origin = samples.fingerprint() + (sha256_of(weights) if weights.is_file() else arguments.weights)
     for seed in arguments.seeds:
         for recipe in arguments.recipes:
             for by in arguments.by:
                 for setting in arguments.settings:
                     budget = f"{arguments.image_size}px {arguments.epochs}ep {arguments.precision}"
-                    key = f"{by} {recipe} {setting} {budget} seed{seed}"
+                    key = f"{by} {recipe} {setting} {budget} seed{seed} {hashlib.sha256(origin.encode()).hexdigest()[:8]}"
                     if by == "uadx":
                         # A recipe may change, and keep its name.
                         whole = to_yaml(configured(arguments, recipe, categories, seed))

@@ -29,14 +29,13 @@ recipe, or that of `--config`, has other values than the defaults given here.
 """
 
 
-def sections(command, path):
-    """Yield the help of a command and of all below it."""
-    context = command.make_context(path, [], resilient_parsing=True)
-    context.info_name = path
+def sections(command, path, parent=None):
+    """Yield the help of a command and of all below it, as the program prints it."""
+    context = command.make_context(path.rpartition(" ")[2], [], parent, resilient_parsing=True)
     text = "\n".join(line.rstrip() for line in command.get_help(context).strip().splitlines())
     yield f"## {path}\n\n```text\n{text}\n```\n"
     for name, below in sorted(getattr(command, "commands", {}).items()):
-        yield from sections(below, f"{path} {name}")
+        yield from sections(below, f"{path} {name}", context)
 
 
 def values(schema):

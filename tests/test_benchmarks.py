@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import json
 import runpy
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 from uad_plugins.detector import Detector, decode
+from uad_plugins.models.backbones import BUNDLED_FILE
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -139,6 +141,39 @@ def test_openvinos_own_benchmark_takes_its_turn_in_every_repeat(runtime, monkeyp
     assert [ran[first:last].count("throughput") for first, last in pairwise(places)] == [0, 2]
     assert report["fp32 benchmark_app throughput"]["images_per_s"] == sorted(place + 1 for place in places)[1]
     assert "fp32 throughput / benchmark_app" in report["ratios"]
+
+
+@pytest.mark.slow
+def test_trainings_are_timed_beside_anomalibs(products):
+    words = [sys.executable, str(BENCHMARKS / "train_speed.py"), str(products), "--image-size", "64"]
+    words += ["--epochs", "1", "--batch-size", "8", "--repeats", "1"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    # The same work: the images that are left where one of ten is held out.
+    assert [line.partition(" s for ")[2].split()[0] for line in lines[:2]] == ["27", "27"]
+    assert float(lines[2].split()[3]) > 0
+
+
+@pytest.mark.slow
+def test_accuracy_is_measured_beside_anomalibs_and_of_no_other_data_again(products, tmp_path):
+    words = [sys.executable, str(BENCHMARKS / "accuracy.py"), str(products), "--weights", str(BUNDLED_FILE)]
+    words += ["--image-size", "64", "--epochs", "1", "--seeds", "0", "--out", str(tmp_path / "out")]
+    words += ["--settings", "unified"]
+    log = tmp_path / "out" / "accuracy.jsonl"
+    for again in range(2):
+        done = subprocess.run(words, capture_output=True, text=True, timeout=250)
+        assert done.returncode == 0, done.stderr
+        rows = list(map(json.loads, log.read_text().splitlines()))
+        assert len(rows) == 2, again
+        assert [sorted(row["categories"]) for row in rows] == [["connector", "fabric", "washer"]] * 2
+    # Of other images nothing was measured yet.
+    data = shutil.copytree(products, tmp_path / "data")
+    next((data / "fabric" / "train" / "good").iterdir()).unlink()
+    words[2] = str(data)
+    done = subprocess.run([*words, "--by", "uadx"], capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    assert len(log.read_text().splitlines()) == 3
 
 
 def test_recipes_are_judged_by_defects_in_held_out_parts(trained, products):

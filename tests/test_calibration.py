@@ -117,10 +117,12 @@ def test_noise_means_the_same_with_the_normalisation_in_the_graph(table, tmp_pat
         steps.input().model().set_layout(openvino.Layout("NCHW"))
         whole = steps.build()
         chosen = calibration(table, "random-normal", samples=4)
+        std, mean = (np.reshape(np.float32(value), (1, 3, 1, 1)) for value in (STD, MEAN))
         ranges = []
         for model, items in (
             (bare, list(chosen)),
-            (whole, [chosen.in_image_space(i) for i in range(4)]),
+            # Noise leaves 0..1 there, and must: clipped, or rounded to 8 bits, it would be other data.
+            (whole, [np.float32(item * std + mean) for item in chosen]),
             (whole, list(chosen)),
         ):
             found = nncf.quantize(model, nncf.Dataset(items), subset_size=4)

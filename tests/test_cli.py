@@ -1,7 +1,6 @@
 """The command line: what it prints where, how it exits, and what it refuses."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -12,7 +11,6 @@ from uadx import __version__
 from uadx.app import main
 from uadx.output import program
 
-from uad_plugins import doctor
 from uad_plugins.errors import UadxError
 
 
@@ -154,19 +152,6 @@ def test_data_synth(uadx, tmp_path):
     assert sum(1 for _ in (tmp_path / "d").rglob("*.png")) == 5
 
 
-def test_doctor_names_everything_that_is_missing(monkeypatch):
-    gone = {"onnx": "pip install 'uadx[onnx]'", "nncf": "pip install 'uadx[openvino]'"}
-
-    def examine(requirement):
-        missing = requirement.module in gone
-        return doctor.Diagnosis("package", requirement.module, not missing, "gone" * missing, requirement.install * missing)
-
-    monkeypatch.setattr(doctor, "examine", examine)
-    both = [item for item in doctor.diagnose() if "onnx gone" in item.detail and "nncf gone" in item.detail]
-    assert both
-    assert all(set(item.fix.split("; ")) == set(gone.values()) for item in both)
-
-
 def test_a_run_without_torch_names_what_it_needs(uadx, trained, products, monkeypatch):
     monkeypatch.delitem(sys.modules, "uad_plugins.models.torch_detector", raising=False)
     monkeypatch.setitem(sys.modules, "torch", None)
@@ -191,18 +176,12 @@ def test_next_steps_name_the_program_as_it_is_called(tmp_path, monkeypatch, on_p
     assert program() == called.format(bin=tmp_path / "bin")
     monkeypatch.setattr(sys, "argv", ["/somewhere/uadx/__main__.py"])
     assert program() == f"{sys.executable} -m uadx"
-
-
-def test_doctor_names_what_is_missing_and_how_to_get_it(uadx):
-    status, out, _ = uadx("doctor", "--json")
-    document = json.loads(out)
-    assert status == 0
-    components = {(item["kind"], item["name"]): item for item in document["components"]}
-    assert components["package", "torch"]["usable"] is True
-    assert components["runtime", "torch"]["usable"] is True
-    for item in document["components"]:
-        assert item["usable"] or item["fix"]
-    assert document["machine"]["cores"] == len(os.sched_getaffinity(0))
+    monkeypatch.setattr(sys, "executable", "/a b/python")
+    assert program() == "'/a b/python' -m uadx"
+    (tmp_path / "a b").mkdir()
+    (tmp_path / "a b" / "uadx").touch(mode=0o755)
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "a b" / "uadx")])
+    assert program() == f"'{tmp_path}/a b/uadx'"
 
 
 def test_plugins_list(uadx):

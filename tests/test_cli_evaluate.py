@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 
+from uad_plugins.data.layouts import scan
 from uad_plugins.evaluation.record import origin_of
 
 
@@ -101,6 +102,27 @@ def test_the_layout_that_was_named_for_training_is_taken_again(uadx, products, t
     assert (status, json.loads(out)["pooled"]["normal"]) == (0, 12)
     (run / "split.json").write_text("{}")
     assert origin_of(run) == {}
+
+
+def test_test_images_that_were_trained_on_are_counted_and_the_figures_are_not_kept(uadx, trained, products, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    (run / "evaluation.json").unlink(missing_ok=True)
+    rows = [f"{s.path},{s.category},test,{s.label}" for s in scan(products)]
+    (tmp_path / "index.csv").write_text("\n".join(["path,category,split,label", *rows]))
+    status, out, err = uadx("evaluate", run, tmp_path / "index.csv", "--json")
+    assert (status, json.loads(out)["pooled"]["normal"]) == (0, 42)
+    # Three of the thirty were held out.
+    assert "warning: 27 of these test images were trained on: the figures say nothing of new ones\n" in err
+    assert not (run / "evaluation.json").exists()
+    assert "trained on" not in uadx("evaluate", run, products, "--json")[2]
+
+
+def test_figures_of_images_that_could_not_all_be_read_are_not_kept(uadx, trained, products, tmp_path):
+    run, data = shutil.copytree(trained, tmp_path / "run"), shutil.copytree(products, tmp_path / "data")
+    (run / "evaluation.json").unlink(missing_ok=True)
+    next((data / "washer" / "test" / "good").iterdir()).write_bytes(b"")
+    assert uadx("evaluate", run, data, "--json")[0] == 1
+    assert not (run / "evaluation.json").exists()
 
 
 def test_a_product_without_test_images_is_named_and_the_figures_are_not_kept(uadx, trained, products, tmp_path):

@@ -41,6 +41,15 @@ def test_predict_takes_files_folders_and_globs(uadx, products, trained, tmp_path
     assert (out_dir / "predictions.csv").exists()
 
 
+def test_words_that_name_nothing_get_an_error_each(uadx, products, trained, tmp_path):
+    image = products / "washer" / "test" / "good" / sorted(p.name for p in (products / "washer/test/good").iterdir())[0]
+    status, out, err = uadx("predict", trained, "", "x" * 300 + ".png", image, "--json")
+    rows = json.loads(out)["predictions"]
+    assert (status, [row["error"] is None for row in rows]) == (1, [False, False, True])
+    assert rows[0]["error"] == "no such file"
+    assert "2 of 3 images have an error in their row" in err
+
+
 def test_predict_never_overwrites_an_image(uadx, products, trained, tmp_path):
     folder = shutil.copytree(products / "washer" / "test" / "good", tmp_path / "images")
     first = sorted(folder.iterdir())[0]

@@ -120,8 +120,35 @@ def test_a_missing_mask_is_a_warning_where_others_have_one(bolt, mvtec):
 def test_a_mask_without_an_image_is_a_warning(bolt, mask):
     mask(bolt / "bolt/ground_truth/crack/009_mask.png")
     assert problems(bolt) == [
-        Problem(WARNING, "mask-without-image", "bolt/ground_truth/crack/009_mask.png", "mask belongs to no image")
+        Problem(
+            WARNING,
+            "mask-without-image",
+            "bolt/ground_truth/crack/009_mask.png",
+            "mask belongs to no image, or by its name to two",
+        )
     ]
+
+
+def test_a_mask_without_an_image_is_found_in_a_linked_category(tmp_path, mvtec, mask):
+    mvtec(tmp_path / "elsewhere", "bolt", train=20)
+    mask(tmp_path / "elsewhere/bolt/ground_truth/crack/009_mask.png")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "bolt").symlink_to(tmp_path / "elsewhere" / "bolt")
+    (problem,) = problems(tmp_path / "data")
+    assert (problem.kind, problem.path) == ("mask-without-image", "bolt/ground_truth/crack/009_mask.png")
+
+
+def test_masks_of_good_parts_are_no_problem(bolt, mask):
+    mask(bolt / "bolt/ground_truth/good/000_mask.png", marked=False)
+    assert problems(bolt) == []
+
+
+def test_a_mask_that_two_images_could_claim_is_named(tmp_path, picture, mask):
+    for name in (*(f"good/{number}" for number in range(30)), "bent/0", "crack/0"):
+        picture(tmp_path / "bolt" / f"{name}.png")
+    mask(tmp_path / "bolt" / "masks" / "0.png")
+    message = "mask belongs to no image, or by its name to two"
+    assert problems(tmp_path) == [Problem(WARNING, "mask-without-image", "bolt/masks/0.png", message)]
 
 
 def test_a_folder_that_cannot_be_read_is_a_warning(bolt, closed):
@@ -153,11 +180,20 @@ def test_folders_of_images_in_no_category_are_named(bolt, picture, tmp_path, uad
     assert "warning: nut: images here that belong to no category: 2\n" in out
 
 
-def test_beside_an_index_there_may_be_other_images(bolt, picture):
+def test_beside_an_index_there_may_be_other_images(bolt, picture, mask, uadx):
+    mask(bolt / "bolt/ground_truth/crack/009_mask.png")
     picture(bolt / "nut" / "good" / "1.png")
     (bolt / "index.csv").write_text("path,category,split,label\nbolt/train/good/000.png,bolt,train,good\n")
     assert left_out(bolt, scan(bolt)) == left_out(bolt, scan(bolt, "mvtec"), "index") == {}
     assert left_out(bolt, scan(bolt, "mvtec"), "mvtec") == {"nut": 1}
+    status, out, err = uadx("data", "check", bolt)
+    assert status == 1
+    assert "mask" not in out.partition("error:")[2]
+    # Another way out is offered where it is one.
+    assert err.splitlines()[-1] == "training would fail: repair the errors above"
+    truncate(bolt / "bolt/train/good/003.png")
+    _, _, err = uadx("data", "check", bolt, "--layout", "mvtec")
+    assert err.splitlines()[-1].endswith(", or leave unreadable files out with 'uadx train --skip-bad'")
 
 
 def test_a_product_called_mask_has_no_orphan_masks(tmp_path, mvtec):

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,29 @@ def test_a_wheel_would_hold_the_two_packages_and_the_recipes_alone():
     assert 'packages = ["cli/uadx", "uad_plugins"]' in project
     assert '"configs" = "uad_plugins/configs"' in project
     assert all(yaml.safe_load(path.read_text()) for path in (ROOT / "configs").glob("*.yaml"))
+
+
+def test_the_extras_are_what_they_are_said_to_be():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+
+    def names(requirements):
+        return {re.split(r"[^\w-]", requirement, maxsplit=1)[0] for requirement in requirements}
+
+    heavy = {"torch", "torchvision", "anomalib", "lightning", "timm", "openvino", "nncf", "onnx", "onnxruntime", "tensorrt"}
+    assert not names(project["dependencies"]) & heavy
+    assert names(extras["train"]) >= {"anomalib", "torch", "torchvision", "lightning", "timm"}
+    assert names(extras["openvino"]) == {"openvino", "nncf", "torchao"}
+    assert names(extras["onnx"]) == {"onnx", "onnxruntime"}
+    assert names(extras["tensorrt"]) == {"tensorrt", "pycuda"}
+    assert extras["all"] == ["uadx[train,openvino,onnx]"]
+    pinned = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.+]+( *;.*)?", line) for line in pinned)
+    lower = {name.lower() for name in names(pinned)}
+    wanted = {name for extra in ("train", "openvino", "onnx") for name in names(extras[extra])} | names(
+        project["dependencies"]
+    )
+    assert {name.lower() for name in wanted} <= lower
 
 
 @pytest.mark.slow

@@ -12,7 +12,6 @@ from PIL import Image
 from uad_plugins.deployment.jetson.uadx_jetson import imaging as on_device
 from uad_plugins.imaging import (
     ImageError,
-    displayed_size,
     is_image,
     open_image,
     read_mask,
@@ -165,7 +164,6 @@ def test_exif_orientation_is_applied(tmp_path, noise, name, orientation):
     Image.fromarray(noise).save(tmp_path / name, exif=exif, **options)
     upright = UPRIGHT[orientation](noise)
     np.testing.assert_array_equal(np.asarray(read_rgb(tmp_path / name)), upright)
-    assert displayed_size(tmp_path / name) == upright.shape[:2]
 
 
 def test_masks_are_turned_like_their_images(tmp_path):
@@ -177,7 +175,7 @@ def test_masks_are_turned_like_their_images(tmp_path):
     np.testing.assert_array_equal(read_mask(tmp_path / "a.png"), np.rot90(pixels > 0, -1))
 
 
-@pytest.mark.parametrize("read", [*READERS, displayed_size])
+@pytest.mark.parametrize("read", READERS)
 def test_what_is_no_image_is_refused_with_its_name(tmp_path, read):
     (tmp_path / "empty.png").touch()
     (tmp_path / "text.png").write_text("not a picture\n" * 20)
@@ -210,15 +208,6 @@ def test_a_truncated_file_is_refused_with_its_name(tmp_path, noise, name, read):
     assert message_of(error).startswith(f"{path}: ")
 
 
-def test_the_size_of_a_truncated_png_is_refused_with_its_name(tmp_path, noise):
-    path = tmp_path / "a.png"
-    Image.fromarray(noise).save(path)
-    path.write_bytes(path.read_bytes()[:300])
-    with pytest.raises(ImageError) as error:
-        displayed_size(path)
-    assert message_of(error) == f"{path}: cannot be decoded: image file is truncated"
-
-
 @pytest.mark.parametrize("read", READERS)
 def test_damaged_exif_is_refused_like_a_damaged_image(tmp_path, noise, read):
     turned = struct.pack(">HHIHH", ORIENTATION, 3, 1, 6, 0)
@@ -245,7 +234,7 @@ def claim(path, side):
         (60_000, "claims more than the 134 million pixels allowed"),
     ],
 )
-@pytest.mark.parametrize("read", [open_image, *READERS, displayed_size])
+@pytest.mark.parametrize("read", [open_image, *READERS])
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_decompression_bomb_is_refused_by_its_header(tmp_path, side, reason, read):
     path = claim(tmp_path / "bomb.png", side)

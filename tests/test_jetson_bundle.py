@@ -241,6 +241,14 @@ def test_a_folder_is_walked_once_whatever_links_lead_to_it(tmp_path, find):
 
 
 @pytest.mark.parametrize("find", FINDERS)
+def test_words_that_cannot_be_looked_up_stay_in_the_list(tmp_path, closed, monkeypatch, find):
+    (tmp_path / "a.png").touch()
+    monkeypatch.chdir(tmp_path)
+    words = ["", "x" * 300 + ".png", str(closed(tmp_path / "closed") / "b.png"), "a.png"]
+    assert find(words) == words
+
+
+@pytest.mark.parametrize("find", FINDERS)
 def test_a_folder_that_cannot_be_listed_hides_no_other(tmp_path, closed, find):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "b.png").touch()

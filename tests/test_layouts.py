@@ -77,6 +77,12 @@ def test_mvtec_reads_a_validation_split_where_there_is_one(tmp_path, name):
     ]
 
 
+@pytest.mark.parametrize("name", ["ground_truth", "GT", "mask", "Masks"])
+def test_mvtec_finds_masks_in_folders_of_several_names(tmp_path, name):
+    touch(tmp_path, "bolt/train/good/a.png", "bolt/test/crack/a.png", f"bolt/{name}/crack/a_mask.png")
+    assert rows(scan(tmp_path))[0] == ("bolt/test/crack/a.png", "bolt", 1, "test", f"bolt/{name}/crack/a_mask.png", "crack")
+
+
 def test_images_in_deeper_folders_find_their_masks(tmp_path):
     touch(tmp_path, "bolt/train/good/a.png", "bolt/test/crack/day1/a.png", "bolt/ground_truth/crack/day1/a_mask.png")
     assert rows(scan(tmp_path))[0] == (
@@ -109,6 +115,43 @@ def test_visa_follows_its_official_split(tmp_path):
         (VISA[-3], "candle", 1, "test", VISA[-1], "anomaly"),
         (VISA[-2], "candle", 1, "test", "", "anomaly"),
     ]
+
+
+def split_visa(root, *paths, encoding="utf-8"):
+    (root / "split_csv").mkdir()
+    lines = ["object,split,label,image,mask", *(f"candle,train,normal,{path}," for path in paths)]
+    (root / "split_csv" / "1cls.csv").write_text("\n".join(lines), encoding=encoding)
+
+
+def test_visas_split_may_be_written_on_windows(tmp_path):
+    touch(tmp_path, *VISA)
+    split_visa(tmp_path, *(path.replace("/", "\\") for path in VISA[:40]))
+    assert len(scan(tmp_path).where(split="train")) == 40
+
+
+def test_visas_split_that_names_other_images_is_refused(tmp_path):
+    """Or some that are published as test images would be trained on."""
+    touch(tmp_path, *VISA)
+    split_visa(tmp_path, *(f"VisA/{path}" for path in VISA[:40]))
+    with pytest.raises(UadxError) as error:
+        scan(tmp_path)
+    expected = f"{tmp_path / 'split_csv' / '1cls.csv'}: names none of the images of 'candle' that are there"
+    assert error.value.message == expected
+    assert "candle/Data/Images/Normal/…" in error.value.hint
+    # A product of one's own beside them is none of its business.
+    (tmp_path / "split_csv" / "1cls.csv").write_text("object,split,label,image,mask\n")
+    assert len(scan(tmp_path).where(split="test", label=0)) == len(VISA_TESTED)
+
+
+def test_a_split_of_visa_that_cannot_be_read_is_named(tmp_path):
+    touch(tmp_path, *VISA)
+    split_visa(tmp_path, "candle/Data/Images/Normal/é.JPG", encoding="latin-1")
+    with pytest.raises(UadxError, match=r"1cls\.csv: cannot be read: 'utf-8' codec can't decode byte 0xe9") as error:
+        scan(tmp_path)
+    assert error.value.hint == "save it as UTF-8 text"
+    (tmp_path / "split_csv" / "1cls.csv").write_text("object,split,image\ncandle,trian,a.JPG\n")
+    with pytest.raises(UadxError, match=r"1cls\.csv:2: no image, or a split other than train and test"):
+        scan(tmp_path)
 
 
 @pytest.mark.parametrize("root", [".", "candle"])
@@ -144,6 +187,13 @@ def test_plain_folders_with_masks_by_defect_or_flat(tmp_path):
         f"{n:03d}.png" for n in FOLDER_TESTED
     ]
     assert {s.defect for s in table if s.label == 0} == {"good"}
+
+
+def test_a_mask_that_two_images_could_claim_by_its_name_is_that_of_neither(tmp_path):
+    touch(tmp_path, "bolt/ok/a.png", "bolt/bent/0.png", "bolt/crack/0.png", "bolt/crack/1.png")
+    touch(tmp_path, "bolt/masks/0.png", "bolt/masks/1.png")
+    masks = {relative_to(s.path, tmp_path): relative_to(s.mask, tmp_path) for s in scan(tmp_path) if s.label}
+    assert masks == {"bolt/bent/0.png": "", "bolt/crack/0.png": "", "bolt/crack/1.png": "bolt/masks/1.png"}
 
 
 def test_one_plain_folder_category_may_be_the_root_and_is_split_the_same(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +24,21 @@ def tree(root):
 
 def small(out, **options):
     return synthesize(out, **{"products": ["fabric"], "side": 32, "train": 2, "test": 1, **options})
+
+
+def test_a_folder_that_is_there_is_filled(tmp_path, monkeypatch):
+    """Be it where one is, or where a link leads."""
+    expected = tree(small(tmp_path / "new"))
+    for name in ("here", "real"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to("real")
+    monkeypatch.chdir(tmp_path / "here")
+    assert tree(small(Path())) == expected
+    assert tree(small(tmp_path / "link")) == expected
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(path.name for path in (tmp_path / "real").iterdir()) == ["fabric"]
+    with pytest.raises(UadxError, match="exists and is not an empty folder"):
+        small(Path())
 
 
 @pytest.mark.parametrize("side", [32, 64])

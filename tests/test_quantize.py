@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 from dataclasses import replace
 from pathlib import Path
 
@@ -284,12 +285,22 @@ def test_other_images_than_the_runs_are_refused(small, products, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_quickstart_includes_int8_and_a_bundle(tmp_path, monkeypatch):
+@pytest.mark.timeout(900)
+def test_the_quickstart_finds_defects_without_a_network_and_includes_int8_and_a_bundle(tmp_path, monkeypatch):
+    def unreachable(*_, **__):
+        raise socket.gaierror("there is no network")
+
     results, real = [], quickstart.run_quickstart
     monkeypatch.setattr(quickstart, "run_quickstart", lambda *a, **k: results.append(real(*a, **k)) or results[0])
-    done = command("quickstart", "--out", tmp_path / "out", "--epochs", "1", "--image-size", "64", "--json")
+    for name in ("getaddrinfo", "create_connection"):
+        monkeypatch.setattr(socket, name, unreachable)
+    done = command("quickstart", "--out", tmp_path / "out", "--json")
     assert done.exit_code == 0, done.stderr
     document = json.loads(done.stdout)
+    assert document["mean"]["image_auroc"] > 0.9
+    assert document["mean"]["pixel_auroc"] > 0.9
+    # A heat map of each test image: 24 good and 24 defective ones of three products.
+    assert sum(1 for _ in (tmp_path / "out" / "evaluation" / "maps").rglob("*.png")) == 144
     assert document["int8"]["status"] == "finished"
     assert document["int8"]["auroc"]["mean"]["image_auroc"]["fp32"] == pytest.approx(document["mean"]["image_auroc"])
     assert Quantized.open(tmp_path / "out" / "int8").manifest().precision == "int8"

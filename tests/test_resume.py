@@ -72,6 +72,31 @@ def test_killed_while_a_checkpoint_is_written(products, unbroken, tmp_path, monk
     assert scores_of(tmp_path / "run", products) == pytest.approx(scores_of(out, products), rel=1e-4)
 
 
+@pytest.mark.parametrize("write", ["thresholds.json", "metrics.json", "run.json"])
+def test_killed_after_the_last_epoch(products, unbroken, tmp_path, monkeypatch, write):
+    """While the run is finished: thresholds, figures, and what says that it is."""
+    whole, begun = artifacts.write_bytes, []
+
+    def cut(path, content):
+        begun.append(path.name)
+        if path.name == write and begun.count(write) == (2 if write == "run.json" else 1):
+            (path.parent / f".{path.name}.x.part").write_bytes(content[:9])
+            raise Killed
+        whole(path, content)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(artifacts, "write_bytes", cut)
+        with pytest.raises(Killed):
+            small_run(products, tmp_path / "run", DRAWN)
+    with pytest.raises(UadxError, match="not finished"):
+        Run.open(tmp_path / "run")
+    metrics = small_run(products, tmp_path / "run", DRAWN, resume=True)
+    out, expected = unbroken
+    assert (metrics["epochs"], metrics["best_val_loss"]) == (4, expected["best_val_loss"])
+    assert scores_of(tmp_path / "run", products) == scores_of(out, products)
+    assert not list((tmp_path / "run").glob(".*.part"))
+
+
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     target = tmp_path / "file.txt"
     write_text(target, "old")
@@ -101,7 +126,7 @@ def test_killed_before_the_first_checkpoint(products, unbroken, tmp_path):
     assert scores_of(run.folder, products) == scores_of(out, products)
 
 
-@pytest.mark.parametrize("write", ["config.yaml", "skipped.json", "run.json"])
+@pytest.mark.parametrize("write", ["skipped.json", "config.yaml", "split.json", "run.json"])
 @pytest.mark.parametrize("options", [{}, {"resume": True}, {"overwrite": True}])
 def test_killed_while_the_folder_is_made_ready(products, tmp_path, monkeypatch, write, options):
     whole = artifacts.write_bytes
@@ -122,7 +147,16 @@ def test_killed_while_the_folder_is_made_ready(products, tmp_path, monkeypatch, 
         assert small_run(products, tmp_path / "run", {"trainer": {"max_epochs": 1}}, **options)["epochs"] == 1
 
 
-@pytest.mark.parametrize("files", [{"config.yaml": "mine: 1"}, {"config.yaml": "seed: 1", "logs": "mine"}, {".part": ""}])
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"config.yaml": "mine: 1"},
+        {"config.yaml": "seed: 1"},
+        {"config.yaml": "mine: 1", "skipped.json": "{}"},
+        {"config.yaml": "seed: 1", "skipped.json": "{}", "logs": "mine"},
+        {".part": ""},
+    ],
+)
 def test_a_folder_that_only_resembles_a_start_is_not_touched(tmp_path, files):
     for name, content in files.items():
         (tmp_path / name).write_text(content)

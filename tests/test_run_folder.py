@@ -10,6 +10,7 @@ from runs import small_run
 
 from uad_plugins.artifacts import Run
 from uad_plugins.errors import UadxError
+from uad_plugins.training import run_folder
 from uad_plugins.training.run_folder import discard, locked, own_place
 
 
@@ -53,6 +54,33 @@ def test_a_link_is_followed_and_stays(products, trained, tmp_path):
 def test_a_link_to_nowhere_yet_is_followed(tmp_path):
     (tmp_path / "latest").symlink_to("run")
     assert own_place(tmp_path / "latest") == tmp_path / "run"
+
+
+def test_what_a_killed_replacement_left_behind_is_cleared_away(tmp_path, monkeypatch):
+    for name in ("run", "run[1]"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").touch()
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(shutil, "rmtree", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+            discard(tmp_path / name)
+        assert list(tmp_path.glob(".*.replaced.*"))
+        (tmp_path / ".run2.replaced.x").mkdir(exist_ok=True)
+        discard(tmp_path / name)
+        assert [path.name for path in tmp_path.iterdir()] == [".run2.replaced.x"]
+
+
+def test_a_lock_that_its_holder_has_deleted_meanwhile_is_none(tmp_path, monkeypatch):
+    """The holder deletes the file when it is done: whoever has opened that one must not think that it has the lock."""
+    flock = run_folder.fcntl.flock
+
+    def late(file, operation):
+        (tmp_path / ".run.lock").unlink()
+        (tmp_path / ".run.lock").touch()
+        flock(file, operation)
+
+    monkeypatch.setattr(run_folder.fcntl, "flock", late)
+    with pytest.raises(UadxError, match="another process is writing to it"), locked(tmp_path / "run"):
+        pytest.fail("the lock was given")
 
 
 def test_a_folder_that_cannot_be_moved_leaves_nothing_behind(tmp_path, monkeypatch):

@@ -168,6 +168,13 @@ def test_what_is_held_out_depends_on_names_and_seed_and_not_on_the_place():
     assert here != held_out(hold_out(table("/data", bolt=40, nut=30), 0.2, seed=8))
 
 
+def test_of_a_products_own_folder_the_same_images_are_held_out(products):
+    whole, alone = (hold_out(scan(root), 0.3, seed=1) for root in (products, products / "washer"))
+    names = [name for name in held_out(whole) if name.startswith("washer/")]
+    assert [f"washer/{name}" for name in held_out(alone)] == names
+    assert len(names) == 3
+
+
 def test_a_copied_tree_has_the_same_images_held_out(products, tmp_path):
     import shutil
 

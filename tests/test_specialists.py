@@ -225,6 +225,17 @@ def test_images_that_they_were_trained_on_and_that_are_held_out_now(seed, moved,
     assert all(f"trained on {len(seen)} of the images held out here" in line for line in lines)
 
 
+@pytest.mark.parametrize(("seed", "expected"), [(0, 0), (1, 1)])
+def test_the_folder_of_their_product_is_the_same_data(seed, expected, products, tmp_path):
+    lines, over = [], of_method("stfpm")
+    small_run(products / "washer", tmp_path / "folder" / "washer", {**over, "data": {"split_seed": seed}})
+    theirs = {f"washer/{name}" for name in Run(tmp_path / "folder" / "washer").held_out()}
+    over = taught_by(tmp_path / "folder", data={"categories": ["washer"], "split_seed": 0})
+    small_run(products, tmp_path / "run", over, tell=lines.append)
+    assert (theirs == Run(tmp_path / "run").held_out()) == (expected == 0)
+    assert len(lines) == expected
+
+
 def test_a_killed_training_goes_on_with_them(washer, products, tmp_path, monkeypatch):
     over = taught_by(washer, data={"categories": ["washer"]}, trainer={"max_epochs": 2})
     small_run(products, tmp_path / "unbroken", over)

@@ -86,7 +86,7 @@ def test_categories_share_the_scale_on_which_their_spread_is_common(ratio_scale)
 
 @pytest.mark.parametrize("scores", [[1.0, 2.0], [-1.0, 2.0], [2.0]])
 def test_too_few_scores_for_a_spread_give_their_maximum(scores):
-    assert from_normal(np.array(scores), 0.01) == Threshold(2.0, "quantile", len(scores))
+    assert from_normal(np.array(scores), 0.01) == Threshold(2.0, "largest", len(scores))
 
 
 def test_no_score_is_an_error():
@@ -143,7 +143,7 @@ def test_thresholds_are_set_for_each_category_and_pooled():
 
 def test_few_scores_of_unlike_scale_pool_to_no_more_than_the_largest_category():
     found = set_thresholds(np.array([1, 1.1, 10.0]), np.zeros(3, int), ["a", "a", "b"], source="x")
-    assert found.pooled == Threshold(10.0, "quantile", 3)
+    assert found.pooled == Threshold(10.0, "largest", 3)
     rng = np.random.default_rng(5)
     scores = np.concatenate([rng.lognormal(0, 0.2, 8), rng.lognormal(5, 0.2, 8)])
     found = set_thresholds(scores, np.zeros(16, int), ["a"] * 8 + ["b"] * 8, source="x")
@@ -200,7 +200,7 @@ def test_one_image_of_a_category_takes_the_spread_that_is_common_to_all():
     """And its largest score only where there is none: as docs/training.md has it."""
     scores, labels = np.array([1.0, 1.5, 1.2, 1.1, 2.0]), np.zeros(5, dtype=int)
     alone = set_thresholds(scores[2:], labels[2:], ["b", "b", "c"], source="x").categories
-    assert (alone["b"].value, alone["c"].value, alone["c"].how) == (1.2, 2.0, "quantile")
+    assert (alone["b"].value, alone["c"].value, alone["c"].how) == (1.2, 2.0, "largest")
     among = set_thresholds(scores, labels, ["a", "a", "b", "b", "c"], source="x").categories
     assert (among["b"].how, among["c"].how) == ("lognormal", "lognormal")
     assert among["b"].value > 1.2

@@ -1,24 +1,29 @@
 """Training to a run on disk: what it holds, what it refuses, and that the same seed gives the same scores."""
 
+import csv
 import json
 import shutil
 import signal
 import subprocess
 import sys
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 import yaml
 from anomalib.models import Fastflow
+from lightning.pytorch import Trainer
 from PIL import Image
-from runs import small_config, small_run
+from runs import small_config, small_datamodule, small_run
 
-from uad_plugins.artifacts import Run, read_json, sha256_of
+from uad_plugins.artifacts import Run, read_json, sha256_of, write_text
+from uad_plugins.config import to_yaml
 from uad_plugins.data.layouts import scan
 from uad_plugins.data.samples import hold_out
 from uad_plugins.detector import open_detector
 from uad_plugins.errors import UadxError, UsageError
+from uad_plugins.models.stfpm import Stfpm
 from uad_plugins.training.run_folder import check_folder, locked, resumed_config
 from uad_plugins.training.signals import child_signal_restored
 from uad_plugins.training.train import train
@@ -136,6 +141,8 @@ def test_best_f1_is_taken_where_labelled_validation_images_are_given(products, t
         ({"trainer": {"limit_train_batches": 0}}, "trainer.limit_train_batches: 0 leaves nothing to train on"),
         ({"trainer": {"limit_train_batches": 0.0}}, "trainer.limit_train_batches: 0.0 leaves nothing to train on"),
         ({"trainer": {"max_steps": 0}}, "trainer.max_steps: 0 leaves no step to train"),
+        ({"trainer": {"limit_val_batches": 0}}, "trainer.limit_val_batches: 0 leaves nothing to choose the checkpoint by"),
+        ({"trainer": {"val_check_interval": 0.5}}, "trainer.val_check_interval: a checkpoint of half an epoch"),
         ({"trainer": {"callbacks": []}}, "trainer.callbacks is set by uadx itself"),
         ({"trainer": {"strategy": "ddp_spawn"}}, "ddp_spawn trains in copies of this process"),
         ({"trainer": {"strategy": "ddp_fork_find_unused_parameters_true"}}, "trains in copies of this process"),
@@ -145,6 +152,7 @@ def test_best_f1_is_taken_where_labelled_validation_images_are_given(products, t
         ({"trainer": {"limit_train_batches": "few"}}, "trainer.limit_train_batches: 'few' cannot be used here: "),
         ({"trainer": {"accelerator": "cpu", "devices": "2x"}}, "trainer.devices: '2x' cannot be used here: "),
         ({"model": {"weights": "nowhere.pth"}}, "no such file or folder of backbone weights"),
+        ({"model": {"weights": "checkpoint"}}, "model.weights: 'checkpoint' stands for those of a training that goes on"),
         ({"model": {"backbone": "resnet19"}}, "unknown backbone 'resnet19'"),
         ({"data": {"categories": ["fabrik"]}}, "unknown category 'fabrik'"),
         ({"data": {"layout": "mvtek"}}, "unknown layout 'mvtek'"),
@@ -310,6 +318,53 @@ def test_a_resumed_training_keeps_its_configuration(trained):
         resumed_config(run, given, small_config(given))
     more = resumed_config(run, {"trainer": {"max_epochs": 9}}, small_config({"optimizer": {"lr": 7.0}}))
     assert (more.trainer["max_epochs"], more.optimizer.lr) == (9, 1.0)
+
+
+def test_of_a_section_that_may_change_what_is_not_said_again_stays(trained, tmp_path, monkeypatch):
+    run = Run(shutil.copytree(trained, tmp_path / "run"))
+    write_text(run.config_file, to_yaml(small_config({"thresholds": {"target_fpr": 0.05}})))
+    given = {"thresholds": {"method": "normal-fpr"}, "plugins": ["acme_plugin"]}
+    monkeypatch.setitem(sys.modules, "acme_plugin", ModuleType("acme_plugin"))
+    more = resumed_config(run, given, small_config(given))
+    assert (more.thresholds.method, more.thresholds.target_fpr, more.plugins) == ("normal-fpr", 0.05, ["acme_plugin"])
+
+
+def test_a_folder_with_nothing_to_resume_is_said_so(products, tmp_path):
+    lines = []
+    metrics = small_run(products, tmp_path / "run", {"trainer": {"max_epochs": 1}}, resume=True, tell=lines.append)
+    assert metrics["epochs"] == 1
+    assert lines == [f"note: there is nothing to resume in {tmp_path / 'run'}: the training begins anew"]
+
+
+def test_a_loss_before_training_is_not_the_best(products, tmp_path):
+    """Lightning's sanity check validates a network that has learnt nothing."""
+    over = {"trainer": {"num_sanity_val_steps": 2, "max_epochs": 1}}
+    metrics = small_run(products, tmp_path / "run", over, given=over)
+    with (next((tmp_path / "run" / "logs" / "csv").rglob("metrics.csv"))).open() as file:
+        logged = [float(row["val_loss"]) for row in csv.DictReader(file) if row.get("val_loss")]
+    assert metrics["best_val_loss"] == pytest.approx(logged[-1], rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:Found .* in eval mode:UserWarning")
+def test_a_model_that_was_built_for_a_checkpoint_is_not_trained_without_one(products, trained, tmp_path):
+    data = small_datamodule(products)
+    arguments = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_epochs": 1,
+        "default_root_dir": tmp_path,
+        "enable_checkpointing": False,
+    }
+    arguments |= {
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "limit_train_batches": 1,
+        "log_every_n_steps": 1,
+    }
+    with pytest.raises(UadxError, match="weights='checkpoint' brings no backbone weights of its own"):
+        Trainer(**arguments).fit(Stfpm(weights="checkpoint"), datamodule=data)
+    # Of one that was loaded, they have come with it.
+    Trainer(**arguments).fit(Stfpm.load_from_checkpoint(trained / "model.ckpt", map_location="cpu"), datamodule=data)
 
 
 def test_a_resumed_training_refuses_other_data(products, trained, tmp_path):

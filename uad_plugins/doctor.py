@@ -6,8 +6,8 @@ import importlib
 import importlib.metadata
 import importlib.util
 import platform
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from uad_plugins.cpu import cores, cpu_flags
@@ -107,11 +107,10 @@ def _unusable(requirement: Requirement, reason: str) -> Diagnosis:
 
 def diagnose() -> list[Diagnosis]:
     """Examine the packages, then every engine and backend that is registered."""
-    packages = {requirement.module: examine(requirement) for requirement in PACKAGES}
-    found = list(packages.values())
+    found = [examine(requirement) for requirement in PACKAGES]
     for kind in ("runtime", "quantizer", "target"):
         for item in registry().items(kind):
-            missing = [d for d in _of(item.requires, packages) if not d.usable]
+            missing = [d for d in map(examine, map(_with_trial, item.requires)) if not d.usable]
             if missing:
                 detail = "; ".join(f"{d.name} {d.detail}" for d in missing)
                 found.append(Diagnosis(kind, item.name, False, detail, "; ".join(dict.fromkeys(d.fix for d in missing))))
@@ -130,9 +129,10 @@ def diagnose() -> list[Diagnosis]:
     return found
 
 
-def _of(requirements: Iterable[Requirement], known: dict[str, Diagnosis]) -> Iterable[Diagnosis]:
-    for requirement in requirements:
-        yield known.get(requirement.module) or examine(requirement)
+def _with_trial(requirement: Requirement) -> Requirement:
+    """Give a plugin's requirement the trial and the needs of the package where it says nothing of its own."""
+    known = next((package for package in PACKAGES if package.module == requirement.module), requirement)
+    return replace(requirement, check=requirement.check or known.check, needs=requirement.needs or known.needs)
 
 
 def machine() -> dict[str, Any]:
@@ -154,5 +154,9 @@ def machine() -> dict[str, Any]:
 def _gpus() -> list[str]:
     if importlib.util.find_spec("torch") is None:
         return []
-    cuda = importlib.import_module("torch").cuda
+    try:
+        cuda = importlib.import_module("torch").cuda
+    except Exception:
+        # A broken torch can raise anything; its own line says what.
+        return []
     return [cuda.get_device_name(i) for i in range(cuda.device_count())] if cuda.is_available() else []

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
-from PIL.TiffImagePlugin import TiffImageFile
 
 from uad_plugins.errors import UadxError
 
@@ -157,25 +156,6 @@ def resize_mask(mask: NDArray[np.bool_], size: tuple[int, int]) -> NDArray[np.bo
         return mask
     image = Image.fromarray(mask.astype(np.uint8))
     return np.asarray(image.resize((width, height), Image.Resampling.NEAREST)) > 0
-
-
-def displayed_size(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """Return ``(height, width)`` of an image as it is displayed.
-
-    The header alone is read, except of a PNG file, which may keep its orientation behind the pixels.
-
-    Raises:
-        ImageError: The file cannot be opened (see ``open_image``), or is a truncated PNG file.
-    """
-    with open_image(path) as image:
-        try:
-            turned = image.getexif().get(0x0112, 1) in {5, 6, 7, 8}
-        except _DAMAGE as error:
-            raise ImageError(f"{path}: {_reason(path, error)}") from error
-        # Pillow turns the size of a TIFF file by itself, and of no other: only what is stored is the same everywhere.
-        stored = (image.tag_v2[256], image.tag_v2[257]) if isinstance(image, TiffImageFile) else image.size
-        width, height = reversed(stored) if turned else stored
-        return height, width
 
 
 def _to_8_bit(image: Image.Image, path: str | os.PathLike[str]) -> Image.Image:

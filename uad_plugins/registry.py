@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.metadata
 import importlib.util
@@ -14,6 +15,7 @@ from functools import lru_cache
 from typing import Any
 
 import pluggy
+from pydantic import BaseModel
 
 from uad_plugins import hookspecs
 from uad_plugins.errors import UadxError, reason_of, unknown_name
@@ -25,6 +27,22 @@ BUILTINS = (
     "uad_plugins.quantization.plugin",
     "uad_plugins.deployment.plugin",
 )
+BUILTIN_COMMANDS = frozenset(
+    {
+        "quickstart",
+        "train",
+        "evaluate",
+        "quantize",
+        "deploy",
+        "predict",
+        "thresholds",
+        "data",
+        "teacher",
+        "plugins",
+        "doctor",
+    }
+)
+"""Subcommands of ``uadx`` that no plugin can replace."""
 LOAD_VARIABLE = "UADX_LOAD_PLUGINS"
 STRICT_VARIABLE = "UADX_STRICT_PLUGINS"
 
@@ -154,7 +172,8 @@ def _register(
     """Register one plugin whole or not at all."""
     module = load_module()
     known_hooks = {hook for hook, _ in hookspecs.KINDS.values()}
-    manager.register(module, name)
+    # The same name may be that of another distribution's plugin.
+    manager.register(module, f"{distribution}:{name}")
     try:
         unknown = [
             attribute
@@ -171,6 +190,7 @@ def _register(
                 for item in implementation.function():
                     if not isinstance(item, cls):
                         raise TypeError(f"{hook} returned {type(item).__name__}, expected {cls.__name__}")
+                    require_well_formed(kind, item)
                     key = (kind, item.name)
                     owner = registry.entries.get(key) or fresh.get(key)
                     if owner is not None:
@@ -183,6 +203,43 @@ def _register(
         manager.unregister(module)
         raise
     registry.entries.update(fresh)
+
+
+def require_well_formed(kind: str, item: Any) -> None:
+    """Check that a description holds what the contract says, so that whoever looks at it later need not.
+
+    Raises:
+        UadxError: It does not; the message says which attribute is wrong.
+    """
+    for attribute in dataclasses.fields(item):
+        value = getattr(item, attribute.name)
+        expected = _expected(str(attribute.type), value)
+        if expected:
+            of = "" if attribute.name == "name" else f" of {kind} '{item.name}'"
+            raise UadxError(f"{type(item).__name__}.{attribute.name}{of} is {value!r}, expected {expected}")
+    if not re.fullmatch(r"\S+", item.name):
+        raise UadxError(f"{type(item).__name__}.name is {item.name!r}, expected a word without blanks")
+    if kind == "command" and item.name in BUILTIN_COMMANDS:
+        raise UadxError(f"command '{item.name}' has the name of a built-in command")
+
+
+def _expected(annotation: str, value: Any) -> str:
+    """Say what a description's field asks for by its annotation, where a value is none of it; empty where it is one."""
+    if value is None and annotation.endswith("| None"):
+        return ""
+    if annotation.startswith("type[BaseModel]"):
+        return "" if isinstance(value, type) and issubclass(value, BaseModel) else "a class of options (pydantic.BaseModel)"
+    if annotation.startswith("Callable"):
+        return "" if callable(value) else "a function"
+    if annotation.startswith("tuple[Requirement"):
+        met = isinstance(value, tuple | list) and all(isinstance(each, hookspecs.Requirement) for each in value)
+        return "" if met else "Requirements"
+    if annotation.startswith("typer"):
+        import typer
+
+        return "" if isinstance(value, typer.Typer) else "a Typer app"
+    plain = {"str": str, "int": int, "bool": bool}.get(annotation)
+    return "" if plain is None or isinstance(value, plain) else f"a value of type {annotation}"
 
 
 def _normal(name: str) -> str:
@@ -214,10 +271,10 @@ def use_plugins(modules: Iterable[str]) -> None:
     """
     known = registry()
     for name in modules:
-        if known.manager.has_plugin(name):
-            continue
         try:
-            _register(known.manager, known, name, name, "", lambda n=name: importlib.import_module(n))
+            module = importlib.import_module(name)
+            if not known.manager.is_registered(module):
+                _register(known.manager, known, name, name, "", lambda m=module: m)
         except (Exception, SystemExit) as error:
             # A plugin is foreign code and may raise anything.
             reason = error.message if isinstance(error, UadxError) else f"{type(error).__name__}: {reason_of(error)}"

@@ -58,16 +58,8 @@ app.command("doctor")(doctor.doctor)
 
 
 def add_plugin_commands(application: typer.Typer) -> None:
-    """Add the commands of the installed plugins; a built-in command cannot be replaced."""
-    taken = {command.name for command in application.registered_commands}
-    taken |= {group.name for group in application.registered_groups}
+    """Add the commands of the installed plugins; the registry has none with the name of a built-in one."""
     for command in registry().items("command"):
-        if command.name in taken:
-            sys.stderr.write(f"uadx: command '{command.name}' of a plugin has the name of a built-in command: left out\n")
-            continue
-        if not isinstance(command.app, typer.Typer):
-            sys.stderr.write(f"uadx: command '{command.name}' of a plugin is no Typer app: left out\n")
-            continue
         own = command.app
         if own.registered_callback is None and len(own.registered_commands) == 1 and not own.registered_groups:
             (single,) = own.registered_commands
@@ -75,7 +67,6 @@ def add_plugin_commands(application: typer.Typer) -> None:
             application.registered_commands.append(single)
         else:
             application.add_typer(own, name=command.name, help=command.summary)
-        taken.add(command.name)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -18,12 +18,12 @@ __all__ = ["command", "counting", "emit_json", "note", "program", "result_folder
 
 
 def program() -> str:
-    """Return what to type to run this program: its path where its name alone would not find it."""
+    """Return what to type to run this program: its path, quoted, where its name alone would not find it."""
     called, found = Path(sys.argv[0]), shutil.which("uadx")
     if called.name == "__main__.py":
-        return f"{sys.executable} -m uadx"
+        return f"{shlex.quote(sys.executable)} -m uadx"
     known = called.stem == "uadx" and called.exists() and not (found and called.samefile(found))
-    return str(called) if known else "uadx"
+    return shlex.quote(str(called)) if known else "uadx"
 
 
 def command(*words: object) -> str:

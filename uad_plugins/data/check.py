@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +12,8 @@ from typing import Any
 
 from PIL import Image
 
-from uad_plugins.data.layouts.walking import MASK_FOLDERS, images_if_readable
+from uad_plugins.cpu import cores
+from uad_plugins.data.layouts.walking import MASK_FOLDERS, is_normal, walk
 from uad_plugins.data.samples import ANOMALOUS, NORMAL, Sample, SampleTable, relative_to
 from uad_plugins.errors import UadxError
 from uad_plugins.imaging import ImageError, open_image, read_mask, read_rgb
@@ -70,7 +70,7 @@ class DataReport:
 
 
 def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1))
+    return ThreadPoolExecutor(max_workers=min(16, cores()))
 
 
 def unreadable(
@@ -187,7 +187,11 @@ def _inspect_mask(sample: Sample, size: tuple[int, int]) -> tuple[str, str] | No
 
 
 def check_data(
-    table: SampleTable, progress: Progress | None = None, *, left_out: Mapping[str, int] | None = None
+    table: SampleTable,
+    progress: Progress | None = None,
+    *,
+    left_out: Mapping[str, int] | None = None,
+    exhaustive: bool = True,
 ) -> DataReport:
     """Decode every image and mask and report counts and problems.
 
@@ -195,6 +199,7 @@ def check_data(
         table: The samples as a layout found them, nothing held out yet.
         progress: Called as images are done.
         left_out: Folders of images that the layout did not take, see ``layouts.left_out``.
+        exhaustive: Every mask below the root is meant, see ``LayoutPlugin``: one that belongs to no image is a problem.
     """
     reports = {name: CategoryReport() for name in table.categories}
     problems: list[Problem] = []
@@ -209,7 +214,7 @@ def check_data(
                 seen[facts.digest].append(index)
             if progress is not None:
                 progress(index + 1, len(table))
-    problems += [*_duplicates(table, seen), *_category_problems(table), *_folder_problems(table)]
+    problems += [*_duplicates(table, seen), *_category_problems(table), *_folder_problems(table, exhaustive)]
     problems += [
         Problem(WARNING, "images-left-out", folder, f"images here that belong to no category: {number}")
         for folder, number in (left_out or {}).items()
@@ -272,21 +277,29 @@ def _category_problems(table: SampleTable) -> Iterator[Problem]:
             )
 
 
-def _folder_problems(table: SampleTable) -> Iterator[Problem]:
-    """Find folders that cannot be read, and files that belong to no image in the mask folders of the table's categories."""
+def _folder_problems(table: SampleTable, exhaustive: bool) -> Iterator[Problem]:
+    """Find folders that cannot be read, and masks of no image in the mask folders of the table's categories."""
     used = set(table.masks)
     pictures = set(table.paths)
     image_folders = {Path(path).parent for path in pictures}
     homes = image_folders.union(*(folder.parents for folder in image_folders))
-    places: set[Path] = set()
-    closed: list[OSError] = []
-    for folder, names, _files in os.walk(table.root, onerror=closed.append):
-        names[:] = [name for name in names if not name.startswith(".")]
-        places |= {Path(folder) / name for name in names if name.lower() in MASK_FOLDERS and Path(folder) in homes}
-    for error in closed:
+    closed: dict[str, OSError] = {}
+    strays: list[str] = []
+    # Links are followed, as by the layouts.
+    for folder, found in walk(table.root, closed.__setitem__):
+        within = _mask_folder_of(Path(folder), table.root)
+        # A mask of a good part, which marks nothing, may be there or not.
+        if exhaustive and within is not None and within.parent in homes and not is_normal(Path(folder).name):
+            strays += [path for path in found if path not in used and path not in pictures]
+    for folder, error in closed.items():
         message = f"cannot be read: {error.strerror}; what is in it is left out"
-        yield Problem(WARNING, "folder-unreadable", relative_to(str(error.filename), table.root), message)
-    for place in sorted(places):
-        for path in sorted(images_if_readable(place)):
-            if path not in used and path not in pictures:
-                yield Problem(WARNING, "mask-without-image", relative_to(path, table.root), "mask belongs to no image")
+        yield Problem(WARNING, "folder-unreadable", relative_to(folder, table.root), message)
+    for path in sorted(strays):
+        message = "mask belongs to no image, or by its name to two"
+        yield Problem(WARNING, "mask-without-image", relative_to(path, table.root), message)
+
+
+def _mask_folder_of(folder: Path, root: Path) -> Path | None:
+    """Return the topmost mask folder below the root that a folder is in, or is."""
+    above = [folder, *folder.parents][: len(folder.relative_to(root).parts)]
+    return next((place for place in reversed(above) if place.name.lower() in MASK_FOLDERS), None)

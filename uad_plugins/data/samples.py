@@ -173,7 +173,7 @@ def hold_out(table: SampleTable, fraction: float, seed: int) -> SampleTable:
     Args:
         table: Samples of any splits.
         fraction: Share of the normal training images of each category, 0..1 exclusive.
-        seed: The same seed holds the same images out, wherever the data lies.
+        seed: The same seed holds the same images out, wherever the data lies, and of a category's own folder too.
 
     Raises:
         UadxError: A category has a single training image, or anomalous images in its training split.
@@ -195,7 +195,8 @@ def hold_out(table: SampleTable, fraction: float, seed: int) -> SampleTable:
                 "add images of good parts (at least 2, better 50 or more)",
             )
         count = min(len(candidates) - 1, max(1, round(fraction * len(candidates))))
-        ranked = sorted(candidates.tolist(), key=lambda index: _draw(seed, f"val:{table.relative(index)}"))
+        names = {index: from_category(table.relative(index), category) for index in candidates.tolist()}
+        ranked = sorted(names, key=lambda index: _draw(seed, f"val:{names[index]}"))
         held.update(ranked[:count])
     return SampleTable(
         (
@@ -204,6 +205,11 @@ def hold_out(table: SampleTable, fraction: float, seed: int) -> SampleTable:
         ),
         table.root,
     )
+
+
+def from_category(name: str, category: str) -> str:
+    """Return a relative path from the folder of its category on: the same where the root is that folder itself."""
+    return name if name.startswith(f"{category}/") else f"{category}/{name}"
 
 
 def trained_categories(table: SampleTable) -> list[str]:

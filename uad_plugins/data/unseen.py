@@ -19,7 +19,7 @@ def unseen(data: str, layout: str | None, origin: Mapping[str, Any]) -> tuple[Sa
     """Index a data set, and choose the images that a training has not seen.
 
     The data that was trained on is recognised where it was, and by its fingerprint elsewhere. Of other data the images that
-    were trained on are left out, by their files.
+    were trained on are left out, by their files, and those of the test split of that data, which nothing is set by.
 
     Args:
         data: Folder or index file.
@@ -27,8 +27,8 @@ def unseen(data: str, layout: str | None, origin: Mapping[str, Any]) -> tuple[Sa
         origin: What the training began with, as ``Run.source`` gives it.
 
     Returns:
-        The samples; the indices of those that were not trained on; whether it is the data that was trained on, of which only
-        the images held out are chosen.
+        The samples; the indices of those that may be used; whether it is the data that was trained on, of which only the
+        images held out are chosen.
 
     Raises:
         UsageError: Unknown layout.
@@ -49,25 +49,39 @@ def unseen(data: str, layout: str | None, origin: Mapping[str, Any]) -> tuple[Sa
     if again is not None and (at_home or again.fingerprint() == fingerprint):
         return again, again.where(split="val"), True
     samples = scan(data, layout or usual_layout(data, origin))
-    seen = _seen(origin)
-    chosen = [index for index in range(len(samples)) if os.path.realpath(samples.paths[index]) not in seen]
+    taken = _files(origin, "train", "test")
+    chosen = [index for index in range(len(samples)) if os.path.realpath(samples.paths[index]) not in taken]
     return samples, np.array(chosen, dtype=np.int64), False
+
+
+def trained_on(samples: SampleTable, origin: Mapping[str, Any]) -> int:
+    """Count the test images of a data set that a training has learnt from, by their files.
+
+    Args:
+        samples: The data set.
+        origin: What the training began with, as ``Run.source`` gives it; nothing is known of what lies elsewhere now.
+    """
+    tested = [os.path.realpath(samples.paths[int(index)]) for index in samples.where(split="test")]
+    return len(_files(origin, "train").intersection(tested))
 
 
 def _as_trained(data: str, layout: str | None, origin: Mapping[str, Any]) -> SampleTable | None:
     """Index data with the splits of the training; None where that cannot be done, so that it is other data."""
     try:
-        found = scan(data, layout or usual_layout(data, origin), origin["categories"])
+        found = scan(data, layout or usual_layout(data, origin), origin.get("categories"))
         return split_again(found, origin)
     except UadxError:
         return None
 
 
-def _seen(origin: Mapping[str, Any]) -> set[str]:
-    """Return the files trained on that still lie there; with those held out, where these cannot be told apart."""
-    table = _as_trained(str(origin["data"]), None, origin)
+def _files(origin: Mapping[str, Any], *splits: str) -> set[str]:
+    """Return the files of splits of a training that still lie there.
+
+    Those held out are taken for trained on where they cannot be told apart.
+    """
+    table = _as_trained(str(origin["data"]), None, origin) if origin.get("data") else None
     if table is None:
         return set()
     told_apart = origin.get("held_out") is not None or origin.get("fingerprint") in (None, table.fingerprint())
-    splits = ["train"] if told_apart else ["train", "val"]
+    splits = splits if told_apart else (*splits, "val")
     return {os.path.realpath(table.paths[int(index)]) for split in splits for index in table.where(split=split)}

@@ -70,7 +70,7 @@ class ThresholdValue(Part):
     """One decision threshold."""
 
     value: float | None = Field(description="Scores above it are anomalous; null where none was set.")
-    how: str = Field(description="quantile, lognormal, normal or f1; see docs/training.md.")
+    how: str = Field(description="quantile, lognormal, normal, largest or f1; see docs/training.md.")
     normal: int = Field(ge=0, description="Normal images it was set from.")
     anomalous: int = Field(0, ge=0, description="Anomalous images it was set from.")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import repeat
 from pathlib import Path
@@ -28,15 +29,19 @@ def find_images(words: Sequence[str]) -> list[str]:
     """
     found: dict[str, None] = {}
     for word in words:
+        if not word:
+            # Of a variable that is not set: not the folder where one is.
+            found[word] = None
+            continue
         path = Path(word).expanduser()
-        if path.is_dir():
+        if os.path.isdir(path):  # noqa: PTH112
             found.update(dict.fromkeys(_below(path)))
-        elif path.exists() or not glob.has_magic(word):
+        elif os.path.exists(path) or not glob.has_magic(word):  # noqa: PTH110
             found[str(path)] = None
         else:
             matches = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207
-            for match in matches:
-                found.update(dict.fromkeys(_below(Path(match)) if Path(match).is_dir() else _no_overlays([match])))
+            for match in map(Path, matches):
+                found.update(dict.fromkeys(_below(match) if os.path.isdir(match) else _no_overlays([str(match)])))  # noqa: PTH112
             if not matches:
                 found[word] = None
     return list(found)

@@ -29,7 +29,8 @@ class Threshold:
     Attributes:
         value: Scores above it are anomalous.
         how: ``quantile``: an order statistic of the normal scores; ``lognormal``, ``normal``: the upper prediction bound of
-            such a distribution, where there are too few scores for the quantile; ``f1``: best F1 on labelled scores.
+            such a distribution, where there are too few scores for the quantile; ``largest``: of one or two scores, which
+            promise nothing; ``f1``: best F1 on labelled scores.
         normal: Normal images it was set from.
         anomalous: Anomalous images it was set from.
     """
@@ -151,7 +152,7 @@ def from_normal(
         return Threshold(float(ordered[rank - 1]), "quantile", count)
     freedom = count - 1 + (PRIOR_FREEDOM if common is not None else 0)
     if freedom < 2:
-        return Threshold(float(ordered[-1]), "quantile", count)
+        return Threshold(float(ordered[-1]), "largest", count)
     ratio_scale = ratio_scale and bool(ordered[0] > 0)
     values = np.log(ordered) if ratio_scale else ordered
     squares = float(((values - values.mean()) ** 2).sum()) + (PRIOR_FREEDOM * common**2 if common is not None else 0)

@@ -15,7 +15,7 @@ from torch import nn, optim
 from uad_plugins.config import OptimizerConfig
 from uad_plugins.errors import UadxError, UsageError
 from uad_plugins.models.augmentation import vary
-from uad_plugins.models.backbones import CHECKPOINT, WeightsRecord
+from uad_plugins.models.backbones import CHECKPOINT, WAYS_OUT, WeightsRecord
 from uad_plugins.models.chances import ANOMALIES, chances_of
 from uad_plugins.models.conditional import OPTION, RecognisingTeacher, groups_of, rows_of
 from uad_plugins.models.descriptors import Groups
@@ -65,6 +65,7 @@ class DistillationRecipe:
             own (see ``ConditionalNorm``), its hard places mined among its own (see ``anomaly_loss``), its foreign pieces
             from its own images.
         products: Those that it tells apart; none before training, nor where there is one alone.
+        restored: Whether its weights, the backbone's too, have come with a checkpoint.
     """
 
     recipe: OptimizerConfig
@@ -76,6 +77,7 @@ class DistillationRecipe:
     conditional_norm: bool = False
     products_apart: bool = False
     products: Sequence[str] = ()
+    restored: bool = False
 
     @staticmethod
     def distil(network: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -221,9 +223,15 @@ class DistillationRecipe:
             self.set_products(names)
 
     def on_fit_start(self) -> None:
-        """Learn to tell the products apart, from each training image once; what a checkpoint has brought is kept."""
+        """Learn to tell the products apart, from each training image once; what a checkpoint has brought is kept.
+
+        Raises:
+            UadxError: The model was built for a checkpoint, and none was loaded: its backbone is random.
+        """
         super().on_fit_start()  # type: ignore[misc]
         teacher, module = self.recogniser(), cast(Any, self)
+        if module.hparams.get("weights") == CHECKPOINT and not self.restored:
+            raise UadxError("weights='checkpoint' brings no backbone weights of its own", f"load one, or use {WAYS_OUT}")
         if teacher is None or (module.trainer.ckpt_path and teacher.has_learnt):
             return
         # Lightning sets the loaders up after this hook, unless a schedule has asked for the number of steps before.
@@ -323,6 +331,12 @@ class DistillationRecipe:
         steps = max(1, int(self.trainer.estimated_stepping_batches))  # type: ignore[attr-defined]
         scheduler = optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(recipe, step / steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load weights, and remember that they have come; see ``torch.nn.Module``."""
+        loaded = super().load_state_dict(*args, **kwargs)  # type: ignore[misc]
+        self.restored = True
+        return loaded
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Build the network of a checkpoint that tells products apart, where this one does not yet."""

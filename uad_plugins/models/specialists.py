@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from uad_plugins.artifacts import MANIFEST, Run
+from uad_plugins.data.samples import from_category
 from uad_plugins.errors import UadxError
 from uad_plugins.models.torch_detector import TorchDetector
 
@@ -31,7 +32,7 @@ class Specialists:
     Args:
         students: By product, one or several. They are frozen.
         origins: SHA-256 of the checkpoint of each.
-        held_out: What each was not trained on, relative to the data; None: it does not say.
+        held_out: What each was not trained on, from the product's folder on; None: it does not say.
     """
 
     def __init__(
@@ -80,7 +81,9 @@ class Specialists:
             for category in run.manifest().categories:
                 students.setdefault(category, []).append(parts(network)[1])
                 origins.setdefault(category, []).append(origin)
-                held_out.setdefault(category, []).append(run.held_out())
+                theirs = run.held_out()
+                names = None if theirs is None else {from_category(name, category) for name in theirs}
+                held_out.setdefault(category, []).append(names)
         if not students:
             raise UadxError(f"model.options.specialists: {folder}: there is no run in it", HOW)
         return cls(students, origins, held_out)
@@ -100,7 +103,7 @@ class Specialists:
 
         Args:
             category: The product.
-            held_out: Images held out now, relative to the data.
+            held_out: Images held out now, from the product's folder on (``from_category``).
             others: All other images of good parts: where a specialist held out none of either, it was trained on other data.
         """
         theirs = [each for each in self.held_out.get(category, ()) if each and each & (held_out | others)]

@@ -92,15 +92,6 @@ class Calibration(Sequence[FloatArray]):
         generator = np.random.default_rng([self.seed, index])
         return generator.standard_normal((1, 3, *self.image_size), dtype=np.float32) * np.float32(self.noise_std)
 
-    def in_image_space(self, index: int) -> FloatArray:
-        """Return an item as a network with the normalisation inside its graph takes it: ``z * std + mean``.
-
-        Noise then leaves 0..1 and must: clipped, or rounded to 8 bits, it would be other data than the network sees
-        without the normalisation in its graph.
-        """
-        std, mean = (np.asarray(value, np.float32).reshape(1, 3, 1, 1) for value in (self.std, self.mean))
-        return np.asarray(self[index] * std + mean, np.float32)
-
 
 def calibrate(
     source: str,

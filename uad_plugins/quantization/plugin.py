@@ -5,7 +5,9 @@ from __future__ import annotations
 from uad_plugins.hookspecs import NoOptions, QuantizationRequest, QuantizationResult, QuantizerPlugin, Requirement, hookimpl
 from uad_plugins.quantization.options import OpenvinoOptions, QatOptions, TensorrtOptions
 
-ONNX = (Requirement("onnx", "pip install 'uadx[onnx]'"), Requirement("onnxruntime", "pip install 'uadx[onnx]'"))
+TRAIN = tuple(Requirement(module, "pip install 'uadx[train]'") for module in ("torch", "anomalib"))
+"""Of all of them: the trained network is opened with these."""
+ONNX = (*TRAIN, Requirement("onnx", "pip install 'uadx[onnx]'"), Requirement("onnxruntime", "pip install 'uadx[onnx]'"))
 OPENVINO = (Requirement("openvino", "pip install 'uadx[openvino]'"), Requirement("nncf", "pip install 'uadx[openvino]'"))
 
 

@@ -20,6 +20,7 @@ COPYING = ("ddp_spawn", "ddp_fork", "ddp_notebook")
 EMPTY = {
     "limit_train_batches": "nothing to train on",
     "max_steps": "no step to train",
+    "limit_val_batches": "nothing to choose the checkpoint by",
 }
 """Arguments that must not be 0, and what it would leave."""
 
@@ -54,6 +55,11 @@ def check_trainer_arguments(arguments: Mapping[str, Any]) -> None:
     for name, why in EMPTY.items():
         if arguments.get(name) in (0, "0"):
             raise UsageError(f"trainer.{name}: {arguments[name]!r} leaves {why}", "remove it, or give at least 1")
+    if arguments.get("val_check_interval") not in (None, 1.0):
+        raise UsageError(
+            "trainer.val_check_interval: a checkpoint of half an epoch cannot be resumed without showing images twice",
+            "use trainer.check_val_every_n_epoch, or data.samples_per_epoch for shorter epochs",
+        )
     for name in ("fast_dev_run", "barebones"):
         if arguments.get(name):
             raise UsageError(

@@ -88,6 +88,7 @@ class HeldOutLoss(Callback):
         loss = float(value.float())
         if (
             trainer.state.fn == "fit"
+            and not trainer.sanity_checking
             and math.isfinite(loss)
             and (self.best["val_loss"] is None or loss < self.best["val_loss"])
         ):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 try:
     import fcntl
@@ -62,12 +63,22 @@ def locked(folder: Path) -> Iterator[None]:
     with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not _is_still(path, file):
+                raise BlockingIOError
         except BlockingIOError:
             raise UadxError(f"{folder}: another process is writing to it", "wait for it, or name another folder") from None
         try:
             yield
         finally:
             path.unlink(missing_ok=True)
+
+
+def _is_still(path: Path, file: IO[str]) -> bool:
+    """Tell whether a path leads to an open file: whoever held the lock has deleted it, and another may have a new one."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def cache_path(folder: Path) -> Path:
@@ -106,7 +117,10 @@ def check_folder(run: Run, *, resume: bool, overwrite: bool) -> None:
 def _interrupted_start(run: Run) -> bool:
     """Tell whether a folder without a manifest holds nothing but what ``write_start`` writes before it."""
     names = {path.name for path in run.folder.iterdir() if not (path.name.startswith(".") and path.name.endswith(".part"))}
-    if not names <= {run.config_file.name, run.skipped_file.name, run.split_file.name}:
+    if not names:
+        return True
+    # The first of all: a configuration that somebody has written by hand stands alone.
+    if run.skipped_file.name not in names or not names <= {run.config_file.name, run.skipped_file.name, run.split_file.name}:
         return False
     try:
         return run.config_file.name not in names or bool(validate(read_yaml(run.config_file)))
@@ -134,8 +148,8 @@ def write_start(
     # What a killed training was writing; it never got its name.
     for leftover in run.folder.glob(".*.part"):
         leftover.unlink()
-    write_text(run.config_file, to_yaml(config))
     write_json(run.skipped_file, dict(skipped))
+    write_text(run.config_file, to_yaml(config))
     if fresh or not run.split_file.is_file():
         # Never written anew: an image that has become unreadable is none that was trained on.
         write_json(run.split_file, {"val": sorted(held_out_of(table))})
@@ -148,8 +162,12 @@ def discard(folder: Path) -> None:
     Raises:
         UadxError: It cannot be moved away, as one that is mounted.
     """
+    prefix = f".{folder.name}.replaced."
+    for leftover in folder.parent.glob(f"{glob.escape(prefix)}*"):
+        # Of a call that was killed while it deleted.
+        shutil.rmtree(leftover, ignore_errors=True)
     if folder.exists() and any(folder.iterdir()):
-        doomed = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        doomed = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
         try:
             os.replace(folder, doomed)  # noqa: PTH105
         except OSError as error:
@@ -189,8 +207,10 @@ def resumed_config(run: Run, given: Mapping[str, Any], resolved: TrainConfig) ->
     for key in DATA_MAY_CHANGE:
         if key in (given.get("data") or {}):
             setattr(merged.data, key, getattr(resolved.data, key))
-    if "thresholds" in given:
-        merged.thresholds = resolved.thresholds
+    for key in given.get("thresholds") or {}:
+        setattr(merged.thresholds, key, getattr(resolved.thresholds, key))
+    if "plugins" in given:
+        merged.plugins = list(dict.fromkeys([*stored.plugins, *resolved.plugins]))
     return merged
 
 

@@ -22,6 +22,7 @@ from uad_plugins.data.samples import (
     NORMAL,
     SPLITS,
     SampleTable,
+    from_category,
     held_out_of,
     hold_out_as_before,
     trained_categories,
@@ -29,7 +30,7 @@ from uad_plugins.data.samples import (
 from uad_plugins.errors import UadxError
 from uad_plugins.evaluation.thresholds import BEST_F1, thresholds_from_samples
 from uad_plugins.models.augmentation import augmentation
-from uad_plugins.models.backbones import CHECKPOINT
+from uad_plugins.models.backbones import CHECKPOINT, WAYS_OUT
 from uad_plugins.models.recipe import DistillationRecipe
 from uad_plugins.models.specialists import Specialists
 from uad_plugins.models.torch_detector import TorchDetector
@@ -95,6 +96,10 @@ def train(
         resumes = resuming and run.last_checkpoint.is_file()
         if resuming:
             config = resumed_config(run, given or {}, config)
+        if resume and not resuming and tell is not None and main_process():
+            tell(f"note: there is nothing to resume in {run.folder}: the training begins anew")
+        if config.model.weights == CHECKPOINT:
+            raise UadxError("model.weights: 'checkpoint' stands for those of a training that goes on", WAYS_OUT)
         seed_everything(config.seed, workers=True, verbose=False)
         module = datamodule(config, data)
         table = module.index()
@@ -119,7 +124,7 @@ def train(
             check_epochs(run, epochs_of(run.last_checkpoint, model), config.trainer.get("max_epochs"))
         cache = pixel_cache(cache_path(run.folder), config, table)
         try:
-            module.verify_images(verifying, cache, keep_split=resuming)
+            module.verify_images(verifying if main_process() else None, cache, keep_split=resuming)
             # Again: images have been left out.
             check_thresholds(config, module.table)
             # As a later station will find the data: with what is held out from now on, and the bad images still there.
@@ -135,7 +140,7 @@ def train(
                     manifest.weights = before.weights
                     manifest.earlier = [*before.earlier, before.model_dump(include={"versions", "command"})]
                 write_start(run, config, manifest, module.table, module.skipped, fresh=not resuming)
-            fitted = _fit(run, config, module, model, interactive=interactive)
+            fitted = _fit(run, config, module, model, resumes=resumes, interactive=interactive)
             if not fitted["main"]:
                 return None
             return _finish(run, config, module.table, manifest, fitted)
@@ -179,7 +184,9 @@ def _tell_what_specialists_saw(specialists: Specialists, table: SampleTable, tel
     seen = 0
     for category in trained_categories(table):
         of_product = {split: table.where(split=split, category=category, label=NORMAL) for split in ("train", "val")}
-        training, held_out = ({table.relative(int(row)) for row in rows} for rows in of_product.values())
+        training, held_out = (
+            {from_category(table.relative(int(row)), category) for row in rows} for rows in of_product.values()
+        )
         seen += len(specialists.have_seen(category, held_out, training))
     if seen:
         tell(
@@ -256,7 +263,13 @@ def _method(model: AnomalibModule) -> dict[str, Any]:
 
 
 def _fit(
-    run: Run, config: TrainConfig, module: UnifiedDataModule, model: AnomalibModule, *, interactive: bool | None
+    run: Run,
+    config: TrainConfig,
+    module: UnifiedDataModule,
+    model: AnomalibModule,
+    *,
+    resumes: bool,
+    interactive: bool | None,
 ) -> dict[str, Any]:
     held_out, seen = HeldOutLoss(module.categories), SampleCount()
     arguments: dict[str, Any] = {
@@ -282,7 +295,7 @@ def _fit(
         plugins=[AtomicCheckpointIO(extra_safe_globals=list(model.checkpoint_safe_globals()))],
         logger=[CSVLogger(run.folder, name="logs/csv"), TensorBoardLogger(run.folder, name="logs/tensorboard")],
     )
-    checkpoint = run.last_checkpoint if run.last_checkpoint.is_file() else None
+    checkpoint = run.last_checkpoint if resumes else None
     try:
         trainer.fit(model, datamodule=module, ckpt_path=checkpoint)
     except SystemExit as stop:

@@ -12,7 +12,6 @@ from uadx.output import counting, emit_json, note, say, table
 app = typer.Typer(
     help="Check a data set, or make a synthetic one.",
     no_args_is_help=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
@@ -27,11 +26,16 @@ def check(
     The exit status is 1 when something would break training.
     """
     from uad_plugins.data.check import check_data
-    from uad_plugins.data.layouts import left_out, scan
+    from uad_plugins.data.layouts import layout_of, left_out, scan
 
     samples = scan(data, layout)
     with counting("checking images") as progress:
-        report = check_data(samples, progress, left_out=left_out(data, samples, layout))
+        report = check_data(
+            samples,
+            progress,
+            left_out=left_out(data, samples, layout),
+            exhaustive=layout_of(data, layout).exhaustive,
+        )
     if as_json:
         emit_json(report.as_dict())
     else:
@@ -54,7 +58,9 @@ def check(
         if not report.problems:
             say("no problem found")
     if not report.trainable:
-        note("training would fail: repair the errors above, or leave unreadable files out with 'uadx train --skip-bad'")
+        unreadable = any((problem.severity, problem.kind) == ("error", "unreadable") for problem in report.problems)
+        ways = ", or leave unreadable files out with 'uadx train --skip-bad'" if unreadable else ""
+        note(f"training would fail: repair the errors above{ways}")
         raise typer.Exit(1)
 
 

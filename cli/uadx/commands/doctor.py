@@ -20,5 +20,11 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON 
         return
     for name, value in facts.items():
         say(f"{name}: {', '.join(value) if isinstance(value, list) else value}")
-    rows = [[d.kind, d.name, "yes" if d.usable else "no", d.detail, d.fix] for d in found]
-    table(["kind", "name", "usable", "detail", "fix"], rows)
+    table(["kind", "name", "usable", "detail"], [[d.kind, d.name, "yes" if d.usable else "no", d.detail] for d in found])
+    # Below the table, whose cells are folded where the terminal is narrow: a command is there to be copied.
+    helped: dict[str, list[str]] = {}
+    for diagnosis in found:
+        for command in filter(None, diagnosis.fix.split("; ")):
+            helped.setdefault(command, []).append(diagnosis.name)
+    for command, names in helped.items():
+        say(f"{command}  # for {', '.join(dict.fromkeys(names))}")

@@ -31,6 +31,7 @@ def evaluate(
     Categories that it was not trained on are left out, unless --category names them or there are no others.
     """
     from uad_plugins.data.layouts import scan, usual_layout
+    from uad_plugins.data.unseen import trained_on
     from uad_plugins.detector import open_detector
 
     try:
@@ -39,7 +40,8 @@ def evaluate(
         from uad_plugins.evaluation.report import HEADINGS, figure, write_report
     except ModuleNotFoundError as error:
         raise missing_extra("evaluating", "train", error) from error
-    samples = scan(data, layout or usual_layout(data, origin_of(run.expanduser())), category)
+    origin = origin_of(run.expanduser())
+    samples = scan(data, layout or usual_layout(data, origin), category)
     out = result_folder(out)
     with open_detector(run, engine) as detector, counting("scoring images") as progress:
         tested = [name for name in samples.categories if len(samples.where(split="test", category=name))]
@@ -53,10 +55,13 @@ def evaluate(
             left_out = []
         result = measure(detector, samples, out=out, all_maps=all_maps, left_out=left_out, progress=progress)
     report = result.report
+    learnt = trained_on(samples, origin)
+    if learnt:
+        note(f"warning: {learnt} of these test images were trained on: the figures say nothing of new ones")
     missing = sorted(set(detector.categories) - set(report["categories"]))
     if missing and category is None:
         note(f"warning: no test image of {', '.join(missing)}: not measured, and not in the mean")
-    if set(report["categories"]) == set(detector.categories):
+    if set(report["categories"]) == set(detector.categories) and not report["unreadable"] and not learnt:
         keep(run.expanduser(), data, report)
     if out is not None:
         facts = {"model": str(run), "data": data, **({"left out": ", ".join(left_out)} if left_out else {})}

@@ -11,7 +11,6 @@ from uadx.output import emit_json, table
 app = typer.Typer(
     help="What is installed to extend uadx.",
     no_args_is_help=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 

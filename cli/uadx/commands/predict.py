@@ -86,7 +86,7 @@ def predict(
     if as_json:
         emit_json({"predictions": rows, "errors": failed})
     if failed:
-        note(f"{failed} of {len(rows)} images could not be read")
+        note(f"{failed} of {len(rows)} images have an error in their row")
         raise typer.Exit(1)
 
 

@@ -41,7 +41,7 @@ def thresholds(
     if held_out:
         note("note: the run was trained on this data; the images held out from training are used")
     elif len(indices) < len(samples):
-        note(f"note: the run was trained on {len(samples) - len(indices)} of these images; they are left out")
+        note(f"note: the run was trained on or is tested with {len(samples) - len(indices)} of these images: left out")
     with open_detector(run) as detector, counting("scoring images") as progress:
         result = thresholds_from_samples(
             detector,

@@ -36,9 +36,9 @@ def recognise(root: Path) -> LayoutPlugin:
 def _confidence(layout: LayoutPlugin, root: Path) -> float:
     """Ask a layout; one that fails to answer does not recognise the folder."""
     try:
-        return layout.recognise(root)
+        return float(layout.recognise(root))
     except Exception as error:
-        # A layout may be foreign code: the others must still be asked.
+        # A layout may be foreign code, and answer anything: the others must still be asked.
         sys.stderr.write(f"uadx: layout '{layout.name}' could not look at {root}: {type(error).__name__}: {error}\n")
         return 0.0
 
@@ -67,7 +67,7 @@ def scan(root: str | Path, layout: str | None = None, categories: Sequence[str] 
         pass
     except OSError as error:
         raise UadxError(f"{root}: cannot be read: {error.strerror}", "check its permissions") from error
-    plugin = _layout_of(root, layout)
+    plugin = layout_of(root, layout)
     table = SampleTable(plugin.scan(root), root if root.is_dir() else root.parent)
     if len(table) == 0:
         raise UadxError(
@@ -121,7 +121,7 @@ def left_out(root: str | Path, table: SampleTable, layout: str | None = None) ->
         Number of images by folder, relative to the root: the topmost one none of whose images is in the table. Empty where
         somebody chose the images (an index file). Mask folders are looked at by ``check_data``.
     """
-    if not _layout_of(_absolute(root), layout).exhaustive:
+    if not layout_of(root, layout).exhaustive:
         return {}
     known = {*table.paths, *table.masks}
     strays = [
@@ -151,6 +151,12 @@ def _absolute(root: str | Path) -> Path:
     return Path(os.path.abspath(Path(root).expanduser()))  # noqa: PTH100
 
 
-def _layout_of(root: Path, layout: str | None) -> LayoutPlugin:
-    plugin: LayoutPlugin = registry().get("layout", layout) if layout else recognise(root)
+def layout_of(root: str | Path, layout: str | None = None) -> LayoutPlugin:
+    """Return the layout that somebody named, or that a folder or index file is recognised by.
+
+    Raises:
+        UadxError: No registered layout recognises it.
+        UsageError: Unknown layout.
+    """
+    plugin: LayoutPlugin = registry().get("layout", layout) if layout else recognise(_absolute(root))
     return plugin

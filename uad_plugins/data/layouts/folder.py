@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,15 +33,13 @@ def scan(root: Path) -> Iterator[Sample]:
         if not _is_category(category):
             continue
         mask_root = child(category, *MASK_FOLDERS)
-        for kind in folders(category):
-            if kind == mask_root:
-                continue
+        found = {kind: list(images_if_readable(kind)) for kind in folders(category) if kind != mask_root}
+        flat = _flat_masks(mask_root, found) if mask_root else {}
+        for kind, paths in found.items():
             normal = is_normal(kind.name)
-            masks: dict[str, str] = {}
-            if mask_root and not normal:
-                nested = mask_root / kind.name
-                masks = mask_index(nested if nested.is_dir() else mask_root)
-            for path in images_if_readable(kind):
+            nested = mask_root / kind.name if mask_root and not normal else None
+            masks = {} if normal else mask_index(nested) if nested and nested.is_dir() else flat
+            for path in paths:
                 name = stem_below(path, kind)
                 train = normal and not in_test_share(f"{category.name}/{kind.name}/{name}", TEST_SHARE)
                 yield Sample(
@@ -51,6 +50,13 @@ def scan(root: Path) -> Iterator[Sample]:
                     mask=masks.get(name, ""),
                     defect="good" if normal else kind.name,
                 )
+
+
+def _flat_masks(mask_root: Path, found: dict[Path, list[str]]) -> dict[str, str]:
+    """Index the masks that lie beside each other, without those that images of two defects could claim by their name."""
+    sharing = [kind for kind in found if not is_normal(kind.name) and not (mask_root / kind.name).is_dir()]
+    claims = Counter(stem_below(path, kind) for kind in sharing for path in found[kind])
+    return {name: mask for name, mask in mask_index(mask_root).items() if claims[name] <= 1}
 
 
 def _is_category(folder: Path) -> bool:

@@ -45,7 +45,7 @@ def scan(root: Path) -> Iterator[Sample]:
         raise UadxError(f"{root}: no index file", f"expected one of {', '.join(NAMES)}")
     folder = file.parent
     seen: dict[str, tuple[int, Sample]] = {}
-    for line, row in _rows(file):
+    for line, row in rows_of(file):
         values = {key: "" if value is None else str(value).strip() for key, value in row.items()}
         for column in REQUIRED:
             if not values.get(column):
@@ -85,12 +85,21 @@ def _difference(one: Sample, other: Sample) -> str:
     return f"in split '{one.split}'" if name == "split" else f"with another {name}"
 
 
-def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def rows_of(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the rows of a CSV or JSON lines file with the lines that they stand in; names of columns in lower case.
+
+    Raises:
+        UadxError: It is no such text; the message names the file.
+    """
     try:
         with file.open(newline="", encoding="utf-8-sig") as handle:
             yield from _csv_rows(handle) if file.suffix.lower() == ".csv" else _json_rows(file, handle)
-    except (UnicodeDecodeError, csv.Error) as error:
+    except UnicodeDecodeError as error:
         raise UadxError(f"{file}: cannot be read: {error}", "save it as UTF-8 text") from error
+    except csv.Error as error:
+        raise UadxError(
+            f"{file}: cannot be read: {error}", "save it as plain CSV, a quote that opens closed again"
+        ) from error
 
 
 def _csv_rows(handle: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:

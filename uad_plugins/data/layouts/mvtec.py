@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from uad_plugins.data.layouts.walking import child, folders, images_if_readable, is_normal, mask_index, stem_below
+from uad_plugins.data.layouts.walking import (
+    MASK_FOLDERS,
+    child,
+    folders,
+    images_if_readable,
+    is_normal,
+    mask_index,
+    stem_below,
+)
 from uad_plugins.data.samples import ANOMALOUS, NORMAL, Sample
 
 SUMMARY = "CATEGORY/train/good, CATEGORY/test/{good,DEFECT}, optional CATEGORY/ground_truth/DEFECT/NAME_mask.png"
@@ -31,7 +39,7 @@ def _confidence(folder: Path) -> float:
 
 
 def _scan_category(category: Path) -> Iterator[Sample]:
-    truth = child(category, "ground_truth", "groundtruth", "gt", "masks")
+    truth = child(category, *MASK_FOLDERS)
     for split_name, split in (("train", "train"), ("validation", "val"), ("val", "val"), ("test", "test")):
         split_folder = child(category, split_name)
         for kind in folders(split_folder) if split_folder else []:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import csv
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from uad_plugins.data.layouts.index import rows_of
 from uad_plugins.data.layouts.walking import child, folders, images_if_readable, mask_index, stem_below
 from uad_plugins.data.samples import ANOMALOUS, NORMAL, Sample, in_test_share
 from uad_plugins.errors import UadxError
@@ -22,10 +23,15 @@ def recognise(root: Path) -> float:
 
 
 def scan(root: Path) -> Iterator[Sample]:
-    """Yield the samples of every category, split as the official file says, else one normal image in five for testing."""
+    """Yield the samples of every category, split as the official file says, else one normal image in five for testing.
+
+    Raises:
+        UadxError: The official file cannot be read, or names images of a category, but none that is there.
+    """
     # The split file lies at the top of the data set, also when one category alone is looked at.
     top = next((folder for folder in (root, root.parent) if (folder / SPLIT_FILE).is_file()), root)
     official = _official_split(top / SPLIT_FILE, top)
+    mentioned = {part for path in official for part in Path(path).relative_to(top).parts}
     for category in [root] if _images_of(root) else folders(root):
         pictures = _images_of(category)
         if pictures is None:
@@ -33,9 +39,16 @@ def scan(root: Path) -> Iterator[Sample]:
         mask_root = child(pictures.parent, "masks")
         mask_folder = child(mask_root, "anomaly") if mask_root else None
         masks = mask_index(mask_folder) if mask_folder else {}
-        for kind in folders(pictures):
+        found = {kind: list(images_if_readable(kind)) for kind in folders(pictures)}
+        if category.name in mentioned and not any(path in official for paths in found.values() for path in paths):
+            raise UadxError(
+                f"{top / SPLIT_FILE}: names none of the images of '{category.name}' that are there",
+                f"its paths begin at the folder of {SPLIT_FILE.parts[0]}: {category.name}/Data/Images/Normal/…; without "
+                "the file one good image in five is tested on",
+            )
+        for kind, paths in found.items():
             normal = kind.name.lower() == "normal"
-            for path in images_if_readable(kind):
+            for path in paths:
                 name = stem_below(path, kind)
                 split = official.get(path) or (
                     "train" if normal and not in_test_share(f"{category.name}/{name}", TEST_SHARE) else "test"
@@ -59,12 +72,8 @@ def _official_split(path: Path, root: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
     split: dict[str, str] = {}
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        for row in reader:
-            if not row.get("image") or row.get("split") not in {"train", "test"}:
-                raise UadxError(
-                    f"{path}:{reader.line_num}: no image, or a split other than train and test", "repair the file"
-                )
-            split[str(root / row["image"])] = row["split"]
+    for line, row in rows_of(path):
+        if not row.get("image") or row.get("split") not in {"train", "test"}:
+            raise UadxError(f"{path}:{line}: no image, or a split other than train and test", "repair the file")
+        split[os.path.normpath(root / row["image"].replace("\\", "/"))] = row["split"]
     return split

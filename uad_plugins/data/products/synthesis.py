@@ -82,8 +82,11 @@ def synthesize(
             raise UsageError(f"{name} of a synthetic data set must be at least {least}, not {number}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UadxError(f"{out}: exists and is not an empty folder", "name a new folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    # A folder that is there stays, whether it is a link, a mounted volume, or where one is: it is filled at the end.
+    there = out.is_dir()
+    home = out if there else out.parent
+    home.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=home))
     try:
         total, done = len(names) * (train + 2 * test), 0
         for name in names:
@@ -103,10 +106,12 @@ def synthesize(
                 done += 1
                 if progress is not None:
                     progress(done, total)
-        building.chmod(0o755)
-        if out.exists():
-            out.rmdir()
-        os.replace(building, out)  # noqa: PTH105
+        if there:
+            for made in sorted(building.iterdir()):
+                os.replace(made, out / made.name)  # noqa: PTH105
+        else:
+            building.chmod(0o755)
+            os.replace(building, out)  # noqa: PTH105
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return out

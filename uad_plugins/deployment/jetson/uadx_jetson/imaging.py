@@ -110,7 +110,8 @@ def find_images(words: Iterable[str]) -> list[str]:
     """
     found: dict[str, None] = {}
     for word in words:
-        path = str(Path(word).expanduser())
+        # An empty word, as of a variable that is not set, is not the folder where one is.
+        path = str(Path(word).expanduser()) if word else word
         found.update(dict.fromkeys(_below(path) if os.path.isdir(path) else [path]))  # noqa: PTH112
     return list(found)
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,23 @@ def scores_of(run, data):
 
 class Killed(BaseException):
     """Stands for the process going away: nothing of ours catches it."""
+
+
+@contextmanager
+def killed_while(monkeypatch, name, time=1):
+    """The process goes away in the middle of a file's n-th writing."""
+    whole, begun = artifacts.write_bytes, []
+
+    def cut(path, content):
+        begun.append(path.name)
+        if path.name == name and begun.count(name) == time:
+            (path.parent / f".{path.name}.x.part").write_bytes(content[:9])
+            raise Killed
+        whole(path, content)
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(artifacts, "write_bytes", cut)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -75,19 +93,8 @@ def test_killed_while_a_checkpoint_is_written(products, unbroken, tmp_path, monk
 @pytest.mark.parametrize("write", ["thresholds.json", "metrics.json", "run.json"])
 def test_killed_after_the_last_epoch(products, unbroken, tmp_path, monkeypatch, write):
     """While the run is finished: thresholds, figures, and what says that it is."""
-    whole, begun = artifacts.write_bytes, []
-
-    def cut(path, content):
-        begun.append(path.name)
-        if path.name == write and begun.count(write) == (2 if write == "run.json" else 1):
-            (path.parent / f".{path.name}.x.part").write_bytes(content[:9])
-            raise Killed
-        whole(path, content)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(artifacts, "write_bytes", cut)
-        with pytest.raises(Killed):
-            small_run(products, tmp_path / "run", DRAWN)
+    with killed_while(monkeypatch, write, time=2 if write == "run.json" else 1):
+        small_run(products, tmp_path / "run", DRAWN)
     with pytest.raises(UadxError, match="not finished"):
         Run.open(tmp_path / "run")
     metrics = small_run(products, tmp_path / "run", DRAWN, resume=True)
@@ -129,18 +136,8 @@ def test_killed_before_the_first_checkpoint(products, unbroken, tmp_path):
 @pytest.mark.parametrize("write", ["skipped.json", "config.yaml", "split.json", "run.json"])
 @pytest.mark.parametrize("options", [{}, {"resume": True}, {"overwrite": True}])
 def test_killed_while_the_folder_is_made_ready(products, tmp_path, monkeypatch, write, options):
-    whole = artifacts.write_bytes
-
-    def cut(path, content):
-        if path.name == write:
-            (path.parent / f".{path.name}.x.part").write_bytes(content[:9])
-            raise Killed
-        whole(path, content)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(artifacts, "write_bytes", cut)
-        with pytest.raises(Killed):
-            small_run(products, tmp_path / "run")
+    with killed_while(monkeypatch, write):
+        small_run(products, tmp_path / "run")
     assert not (tmp_path / "run" / "run.json").exists()
     check_folder(Run(tmp_path / "run"), **{"resume": False, "overwrite": False, **options})
     if write == "run.json":

@@ -300,7 +300,7 @@ def test_the_quickstart_finds_defects_without_a_network_and_includes_int8_and_a_
     assert document["mean"]["image_auroc"] > 0.9
     assert document["mean"]["pixel_auroc"] > 0.9
     # A heat map of each test image: 24 good and 24 defective ones of three products.
-    assert sum(1 for _ in (tmp_path / "out" / "evaluation" / "maps").rglob("*.png")) == 144
+    assert sum(1 for _ in (tmp_path / "out" / "evaluation" / "maps").rglob("*.jpg")) == 144
     assert document["int8"]["status"] == "finished"
     assert document["int8"]["auroc"]["mean"]["image_auroc"]["fp32"] == pytest.approx(document["mean"]["image_auroc"])
     assert Quantized.open(tmp_path / "out" / "int8").manifest().precision == "int8"

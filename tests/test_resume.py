@@ -8,19 +8,24 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
+import yaml
+from PIL import Image
 from runs import small_config, small_run
 
 from uad_plugins import artifacts
-from uad_plugins.artifacts import Run, atomic_path, read_json, write_text
+from uad_plugins.artifacts import Run, atomic_path, read_json, sha256_of, write_text
+from uad_plugins.config import to_yaml
 from uad_plugins.data.layouts import scan
 from uad_plugins.data.samples import hold_out
 from uad_plugins.detector import open_detector
 from uad_plugins.errors import UadxError, UsageError
 from uad_plugins.models.backbones import BUNDLED_FILE
 from uad_plugins.training.checkpointing import AtomicCheckpointIO
-from uad_plugins.training.run_folder import check_folder
+from uad_plugins.training.run_folder import check_folder, resumed_config
 from uad_plugins.training.train import train
 
 EPOCHS = {"trainer": {"max_epochs": 4}}
@@ -218,6 +223,69 @@ def test_a_finished_run_is_not_resumed_for_fewer_epochs(products, trained, tmp_p
     assert {path.name: path.stat().st_mtime_ns for path in run.iterdir()} == before
     given = {"trainer": {"max_epochs": 2}}
     assert train(small_config(given), products, run, given=given, resume=True, interactive=False)["epochs"] == 2
+
+
+def test_a_finished_run_can_be_trained_on(products, trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    first = Run(run).manifest()
+    Run(run).write_manifest(first.model_copy(update={"versions": {"torch": "2.0"}, "command": ["uadx", "train"]}))
+    metrics = train(small_config(), products, run, given={"trainer": {"max_epochs": 4}}, resume=True, interactive=False)
+    assert (metrics["epochs"], metrics["samples_seen"]) == (4, 108)
+    assert Run(run).manifest().earlier == [{"versions": {"torch": "2.0"}, "command": ["uadx", "train"]}]
+    assert Run(run).manifest().versions == first.versions
+
+
+def test_a_resumed_training_keeps_its_configuration(trained):
+    run = Run(trained)
+    given = {"optimizer": {"lr": 0.5}}
+    with pytest.raises(UsageError, match=r"optimizer\.lr is 1\.0, not 0\.5"):
+        resumed_config(run, given, small_config(given))
+    more = resumed_config(run, {"trainer": {"max_epochs": 9}}, small_config({"optimizer": {"lr": 7.0}}))
+    assert (more.trainer["max_epochs"], more.optimizer.lr) == (9, 1.0)
+
+
+def test_of_a_section_that_may_change_what_is_not_said_again_stays(trained, tmp_path, monkeypatch):
+    run = Run(shutil.copytree(trained, tmp_path / "run"))
+    write_text(run.config_file, to_yaml(small_config({"thresholds": {"target_fpr": 0.05}})))
+    given = {"thresholds": {"method": "normal-fpr"}, "plugins": ["acme_plugin"]}
+    monkeypatch.setitem(sys.modules, "acme_plugin", ModuleType("acme_plugin"))
+    more = resumed_config(run, given, small_config(given))
+    assert (more.thresholds.method, more.thresholds.target_fpr, more.plugins) == ("normal-fpr", 0.05, ["acme_plugin"])
+
+
+def test_a_folder_with_nothing_to_resume_is_said_so(products, tmp_path):
+    lines = []
+    metrics = small_run(products, tmp_path / "run", {"trainer": {"max_epochs": 1}}, resume=True, tell=lines.append)
+    assert metrics["epochs"] == 1
+    assert lines == [f"note: there is nothing to resume in {tmp_path / 'run'}: the training begins anew"]
+
+
+def test_a_resumed_training_refuses_other_data(products, trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    data = shutil.copytree(products, tmp_path / "data")
+    Image.new("RGB", (64, 64)).save(data / "fabric" / "train" / "good" / "new.png")
+    with pytest.raises(UadxError, match="the data is not what this training began with"):
+        small_run(data, run, resume=True)
+
+
+def test_a_moved_run_keeps_its_best_checkpoint(products, trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "elsewhere")
+    before, metrics = sha256_of(run / "model.ckpt"), read_json(run / "metrics.json")
+    # A learning rate so high that no later epoch is better.
+    given = {"trainer": {"max_epochs": 3}}
+    config = Run(run).config()
+    config.optimizer.lr, config.optimizer.schedule = 50.0, "constant"
+    (run / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    state = torch.load(run / "last.ckpt", weights_only=False)
+    for optimizer in state["optimizer_states"]:
+        optimizer["param_groups"][0].update(lr=50.0, initial_lr=50.0)
+    state["lr_schedulers"] = []
+    torch.save(state, run / "last.ckpt")
+    after = train(small_config(given), products, run, given=given, resume=True, interactive=False)
+    assert after["best_val_loss"] == metrics["best_val_loss"]
+    assert after["best_epoch"] == metrics["best_epoch"]
+    assert sha256_of(run / "model.ckpt") == before
+    assert torch.load(run / "last.ckpt", weights_only=False)["epoch"] == 2
 
 
 def started(products, out):

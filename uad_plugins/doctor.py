@@ -8,6 +8,7 @@ import importlib.util
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 from uad_plugins.cpu import cores, cpu_flags
@@ -107,10 +108,12 @@ def _unusable(requirement: Requirement, reason: str) -> Diagnosis:
 
 def diagnose() -> list[Diagnosis]:
     """Examine the packages, then every engine and backend that is registered."""
-    found = [examine(requirement) for requirement in PACKAGES]
+    # Several plugins need the same packages, whose trials take a while.
+    examined = cache(examine)
+    found = [examined(requirement) for requirement in PACKAGES]
     for kind in ("runtime", "quantizer", "target"):
         for item in registry().items(kind):
-            missing = [d for d in map(examine, map(_with_trial, item.requires)) if not d.usable]
+            missing = [d for d in map(examined, map(_with_trial, item.requires)) if not d.usable]
             if missing:
                 detail = "; ".join(f"{d.name} {d.detail}" for d in missing)
                 found.append(Diagnosis(kind, item.name, False, detail, "; ".join(dict.fromkeys(d.fix for d in missing))))

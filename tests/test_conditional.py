@@ -17,7 +17,7 @@ from uad_plugins.data.datamodule import UnifiedDataModule
 from uad_plugins.errors import UadxError, UsageError
 from uad_plugins.models import ReverseDistillation, Stfpm
 from uad_plugins.models.backbones import CHECKPOINT, alias, backbone_weights
-from uad_plugins.models.conditional import ConditionalNorm, rows_of, settle
+from uad_plugins.models.conditional import ConditionalNorm, RecognisingTeacher, rows_of, settle
 from uad_plugins.models.torch_detector import TorchDetector
 
 METHODS = (Stfpm, ReverseDistillation)
@@ -196,6 +196,40 @@ def test_products_are_told_apart_by_what_the_teacher_sees(count):
     assert torch.allclose(teacher.recognised.products.flatten(1).float(), found, atol=0.1)
     with pytest.raises(UadxError, match="a product without a training image"):
         teacher.learn([(parts(products[:1], 0), products[:1])])
+
+
+class Seen(torch.nn.Module):
+    """A teacher that sees the pixels, channel by channel."""
+
+    def forward(self, images):
+        return {"layer1": images, "layer2": images[..., ::2, ::2]}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_are_told_apart_by_how_much_they_vary(dtype):
+    """Alike in the mean, as smooth and grainy material of one colour may be."""
+    teacher, products = RecognisingTeacher(Seen(), 6, 2), torch.tensor([0, 1] * 20)
+    grain = torch.tensor([0.1, 0.2])[products][:, None, None, None]
+
+    def parts(seed):
+        noise = torch.randn(len(products), 3, *SIZE, generator=torch.Generator().manual_seed(seed))
+        return 0.5 + grain * (noise - noise.mean(dim=(2, 3), keepdim=True))
+
+    teacher.learn([(parts(0), products)])
+    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
+        teacher(parts(1).to(dtype))
+    found = teacher.recognised.products.flatten(1).float()
+    assert (found[range(len(products)), products] > 0.9).all()
+
+
+def test_a_channel_that_is_everywhere_the_same_has_a_gradient():
+    """Scales of the teacher's quantizers are trained through what recognises the product."""
+    teacher, flat = RecognisingTeacher(Seen(), 6, 2), torch.zeros(1, 3, *SIZE, requires_grad=True)
+    torch.nn.init.normal_(teacher.classifier.weight)
+    teacher(flat)
+    (gradient,) = torch.autograd.grad(teacher.recognised.products[0, 0, 0, 0], flat)
+    assert gradient.isfinite().all()
+    assert gradient.abs().max() > 0
 
 
 def test_a_copy_made_in_the_middle_of_a_training_works_by_itself():

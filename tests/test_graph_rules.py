@@ -169,6 +169,13 @@ def quantized_gate(model):
     quantize_tensor(model, node.input[0], node)
 
 
+def quantized_variance(model):
+    model.CopyFrom(exported("conditional_stfpm", "tensorrt"))
+    graph = OnnxGraph.of(model)
+    node = first(model, "Sub", lambda node: node.output[0] in graph.before(graph.convolutions()))
+    quantize_tensor(model, node.input[0], node)
+
+
 @pytest.mark.parametrize(
     ("break_it", "rule"),
     [
@@ -192,6 +199,7 @@ def quantized_gate(model):
         (float_weight, "coverage"),
         (quantized_head, "float head"),
         (quantized_gate, "float gates"),
+        (quantized_variance, "float gates"),
     ],
 )
 def test_a_broken_graph_is_caught(break_it, rule):
@@ -332,6 +340,11 @@ def test_gates_are_found_whatever_the_framework(method, tmp_path):
         assert not set(inside) & set(graph.convolutions())
         products = [name for name in graph.gates() if graph.kinds[name] == MULTIPLY]
         assert len(products) >= len(inside) // 2
+        # What variances are the mean of, of each layer; torch has squares, others products.
+        subtractions = [name for name in graph.gates() if graph.kinds[name].lower().strip("_") in {"sub", "subtract"}]
+        varied = {each for name in subtractions for each in graph.outputs[name]}
+        assert (len(varied) >= 2) == (method == "conditional_stfpm")
+        assert varied <= graph.gates()
     assert len({len(graph.convolutions()) for graph in graphs}) == 1
 
 
@@ -366,6 +379,26 @@ def test_a_mean_over_channels_or_of_a_region_makes_no_gate():
     }
     found = {name: bool(TorchGraph.of(Attention(mean).eval(), noise(1)[0]).gates()) for name, mean in means.items()}
     assert found == {"all": True, "pool": True, "channels": False, "regions": False}
+
+
+@pytest.mark.parametrize(("elsewhere", "inside"), [(None, True), ("squares", False), ("apart", False)])
+def test_what_nothing_but_a_mean_is_taken_of_belongs_to_the_gate(elsewhere, inside):
+    """A variance; unless another convolution sees what it is the mean of, which then has to be quantized for that."""
+    kinds = {"x": INPUT, "b": CONV, "mean": MEAN, "apart": "Sub", "squares": MULTIPLY, "variance": MEAN, "a": CONV}
+    graph = Graph(kinds=kinds | {"product": MULTIPLY, "c": CONV})
+    wires = [("x", "b", 0), ("b", "mean", 0), ("b", "apart", 0), ("mean", "apart", 1), ("apart", "squares", 0)]
+    wires += [("apart", "squares", 1), ("squares", "variance", 0), ("variance", "a", 0), ("a", "product", 1)]
+    wires += [("b", "product", 0), ("product", "c", 0)]
+    for wire in wires:
+        graph.connect(*wire)
+    if elsewhere:
+        graph.kinds["d"] = CONV
+        graph.connect(elsewhere, "d", 0)
+    found = graph.gates()
+    assert found >= {"variance", "a", "product"}
+    assert not found & {"x", "b", "c", "d"}
+    assert ("squares" in found) == (inside or elsewhere == "apart")
+    assert ("apart" in found) == inside
 
 
 def test_what_comes_of_more_than_the_mean_is_no_gate():

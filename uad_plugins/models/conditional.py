@@ -25,6 +25,9 @@ from uad_plugins.models.descriptors import Groups
 
 OPTION = "model.options.conditional_norm"
 
+EPSILON = 1e-5
+"""Added to variances: a channel that is everywhere the same has a gradient, too."""
+
 
 class Recognised:
     """Which products the images of the current batch show, handed from the teacher to the norms of its student.
@@ -60,8 +63,9 @@ class Recognised:
 class RecognisingTeacher(nn.Module):
     """A teacher, and what its features say of the product. To be called before its student.
 
-    Products are told apart by linear discriminant analysis of the means of its layers over the image: what varies from part
-    to part counts for little, and what anomalies change too, where it learns from images that have some.
+    Products are told apart by linear discriminant analysis of mean and standard deviation of its channels over the image,
+    which hold its style (Huang and Belongie, arXiv 1703.06868): what varies from part to part counts for little, and what
+    anomalies change too, where it learns from images that have some.
 
     Args:
         teacher: Returns features ``(B, C, h, w)`` by layer.
@@ -72,19 +76,19 @@ class RecognisingTeacher(nn.Module):
     def __init__(self, teacher: nn.Module, channels: int, products: int) -> None:
         super().__init__()
         self.teacher = teacher
-        self.classifier = nn.Conv2d(channels, products, 1).requires_grad_(False)
-        self.register_buffer("centre", torch.zeros(1, channels, 1, 1))
+        self.classifier = nn.Conv2d(2 * channels, products, 1).requires_grad_(False)
+        self.register_buffer("centre", torch.zeros(1, 2 * channels, 1, 1))
         self.recognised = Recognised()
         for parameter in self.classifier.parameters():
             nn.init.zeros_(parameter)
 
     centre: torch.Tensor
-    """Of the products: in a lower precision the differences from it keep what the means themselves would lose."""
+    """Of the products: in a lower precision the differences from it keep what the moments themselves would lose."""
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the teacher's features, and have the products recognised."""
         features: dict[str, torch.Tensor] = self.teacher(images)
-        seen, logits = self.recognised, self.classifier(_means(features) - self.centre)
+        seen, logits = self.recognised, self.classifier(_moments(features) - self.centre)
         seen.products = logits.softmax(dim=1)
         if seen.known is not None:
             seen.products = F.one_hot(seen.known, logits.shape[1]).to(logits)[..., None, None]
@@ -114,7 +118,9 @@ class RecognisingTeacher(nn.Module):
             UadxError: There is no image of a product.
         """
         with torch.no_grad():
-            found = [(_means(self.teacher(images)).flatten(1).float().cpu(), products.cpu()) for images, products in batches]
+            found = [
+                (_moments(self.teacher(images)).flatten(1).float().cpu(), products.cpu()) for images, products in batches
+            ]
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             shares: list[Any] = [None] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(shares, found)
@@ -137,8 +143,14 @@ class RecognisingTeacher(nn.Module):
         self.classifier.bias.copy_(bias)
 
 
-def _means(features: dict[str, torch.Tensor]) -> torch.Tensor:
-    return torch.cat([feature.mean(dim=(2, 3), keepdim=True) for feature in features.values()], dim=1)
+def _moments(features: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return mean and standard deviation of channels ``(B, C, h, w)`` over the image, float ``(B, 2 C, 1, 1)``."""
+    moments = []
+    for feature in features.values():
+        mean = feature.mean(dim=(2, 3), keepdim=True)
+        variance = (feature - mean).square().mean(dim=(2, 3), keepdim=True)
+        moments += [mean, (variance + EPSILON).sqrt()]
+    return torch.cat(moments, dim=1)
 
 
 class ConditionalNorm(nn.Module):

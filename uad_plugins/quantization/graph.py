@@ -1,7 +1,7 @@
 """A network as a graph of operations, whatever framework it is in: where its convolutions end and its head begins.
 
 The *head* is the arithmetic of the anomaly map: every node from which no convolution of the network can be reached any
-more. A *gate* is what a tensor is multiplied by, and then perhaps shifted by, that was worked out of a mean over all pixels:
+more. A *gate* is what a tensor is multiplied by, and then perhaps shifted by, that was worked out of means over all pixels:
 squeeze-and-excitation, conditional normalization. Both stay float. A filter over a single channel (the smoothing of a map)
 is no convolution in this sense, nor is one of a gate. The rules need no names, so they hold for methods that nobody has
 seen yet.
@@ -73,7 +73,8 @@ class Graph:
         """Return the nodes of gates: from the mean over all pixels to what applies to all of them what is made of it.
 
         Their convolutions are taken to see one pixel of each image: they cost nothing, and what they say is said of all
-        pixels. A decoder that began with such a mean would be taken for a gate as well.
+        pixels. A decoder that began with such a mean would be taken for a gate as well. Arithmetic of which only such means
+        are taken, as the squares of a variance, belongs to the gate.
         """
         moving = self.moving()
         means = {name for name in moving if self.kinds[name] == MEAN}
@@ -90,6 +91,18 @@ class Graph:
                 if gate and gated and (kind == MULTIPLY or gated <= found):
                     between = _reach(gate, lambda each: () if each in means else self.inputs.get(each, {}).values())
                     found |= {name} | between & of_image
+        return found | self._summed_up(found & means)
+
+    def _summed_up(self, means: set[str]) -> set[str]:
+        """Return the arithmetic between convolutions and means that leads to these means alone."""
+        moving, found = self.moving(), set(means)
+        waiting = [source for name in means for source in self.inputs[name].values()]
+        while waiting:
+            name = waiting.pop()
+            inside = name in moving and self.kinds[name] not in {CONV, TRANSPOSED, INPUT}
+            if inside and name not in found and found.issuperset(self.outputs[name]):
+                found.add(name)
+                waiting.extend(self.inputs[name].values())
         return found
 
     def additions(self) -> list[tuple[str, str, str]]:

@@ -46,6 +46,24 @@ def test_an_unreadable_test_image_is_left_out_and_the_exit_status_says_so(uadx, 
     assert err == f"warning: fabric/test/good/{victim.name}: empty file\n"
 
 
+def test_a_heat_map_that_cannot_be_written_costs_no_figure(uadx, products, trained, tmp_path):
+    data = shutil.copytree(products, tmp_path / "data")
+    good = data / "fabric" / "test" / "good"
+    victim = sorted(good.iterdir())[0].rename(good / f"{'0' * 249}.png")
+    status, out, err = uadx("evaluate", trained, data, "--json", "--out", tmp_path / "report", "--all-maps")
+    assert status == 1
+    assert f"warning: fabric/test/good/{victim.name}: its heat map cannot be written: File name too long\n" in err
+    assert json.loads(out)["categories"]["fabric"]["normal"] == 4
+    assert json.loads((tmp_path / "report" / "report.json").read_text()) == json.loads(out)
+    assert len(list((tmp_path / "report" / "maps").rglob("*.jpg"))) == 23
+    assert (tmp_path / "report" / "report.html").is_file()
+
+
+def test_maps_need_a_folder(uadx, products, trained):
+    status, _, err = uadx("evaluate", trained, products, "--all-maps")
+    assert (status, err) == (2, "error: --all-maps has no folder to write to\nhint: add --out DIR\n")
+
+
 def test_an_unknown_category_is_judged_by_the_pooled_threshold(uadx, products, trained, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(products / "fabric", data / "linen")

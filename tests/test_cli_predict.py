@@ -104,6 +104,26 @@ def test_maps_that_cannot_be_written_cost_no_other_image(uadx, trained, bundle, 
     assert len((tmp_path / "maps" / "predictions.csv").read_text().splitlines()) == 4
 
 
+def test_what_was_done_before_an_interruption_is_kept(uadx, trained, bundle, products, tmp_path, monkeypatch):
+    from uad_plugins.evaluation import predict
+
+    save, saved = predict.save_overlay, []
+
+    def breaks(picture, path):
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+        saved.append(path)
+        save(picture, path)
+
+    monkeypatch.setattr(predict, "save_overlay", breaks)
+    status, _, err = uadx("predict", bundle, products / "washer" / "test" / "good", "--out", tmp_path / "maps")
+    assert status == 130
+    assert err.endswith("interrupted\n")
+    rows = (tmp_path / "maps" / "predictions.csv").read_text().splitlines()
+    assert len(rows) == 1 + 2
+    assert sorted(saved) == sorted((tmp_path / "maps").rglob("*.png"))
+
+
 def test_predict_prints_a_line_an_image(uadx, products, trained):
     image = sorted((products / "washer" / "test" / "good").iterdir())[0]
     status, out, err = uadx("predict", trained, image)

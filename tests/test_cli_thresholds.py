@@ -62,6 +62,41 @@ def test_products_that_are_not_there_keep_their_thresholds(uadx, products, run, 
     assert err.endswith("note: not measured, and kept as they were: connector, washer, pooled\n")
 
 
+def test_products_that_were_not_trained_on_set_no_threshold(uadx, products, run, tmp_path):
+    """Neither one of their own nor the pooled one; alone they get one, and are judged by it."""
+    data = tmp_path / "new"
+    for name, source in {"fabric": "fabric", "connector": "connector", "washer": "washer", "linen": "fabric"}.items():
+        shutil.copytree(products / source, data / name)
+    status, out, err = uadx("thresholds", run, data, "--json")
+    assert status == 0, err
+    assert "note: not trained on, and left out: linen\n" in err
+    found = json.loads(out)
+    assert sorted(found["categories"]) == ["connector", "fabric", "washer"]
+    assert found["pooled"]["normal"] == sum(each["normal"] for each in found["categories"].values())
+    for name in ("fabric", "connector", "washer"):
+        shutil.rmtree(data / name)
+    assert "linen" in json.loads(uadx("thresholds", run, data, "--json")[1])["categories"]
+    assert "'linen' was not trained on; it is judged by a threshold of its own\n" in uadx("evaluate", run, data, "--json")[2]
+
+
+def test_images_that_cannot_be_read_are_named(uadx, products, run, tmp_path):
+    good = shutil.copytree(products / "fabric", tmp_path / "new" / "fabric") / "train" / "good"
+    before, files = read_json(run / "thresholds.json"), sorted(good.iterdir())
+    shutil.rmtree(good.parent.parent / "test")
+    files[0].write_bytes(b"")
+    status, out, err = uadx("thresholds", run, tmp_path / "new", "--json")
+    assert status == 1
+    assert f"warning: {files[0]}: empty file\n" in err
+    assert json.loads(out)["categories"]["fabric"]["normal"] == len(files) - 1
+    assert read_json(run / "thresholds.json") == json.loads(out) != before
+    for file in files:
+        file.write_bytes(b"")
+    status, _, err = uadx("thresholds", run, tmp_path / "new")
+    assert status == 1
+    assert err.startswith(f"error: no image to set a threshold from can be read: {files[0]}: empty file\n")
+    assert read_json(run / "thresholds.json") == json.loads(out)
+
+
 def test_images_trained_on_are_left_out_of_a_part_of_the_data(uadx, products, run):
     status, out, err = uadx("thresholds", run, products / "fabric", "--json", "--dry-run")
     assert status == 0, err

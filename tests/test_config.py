@@ -180,6 +180,9 @@ def test_recipes_that_ship_are_found_by_name(tmp_path, monkeypatch):
     (tmp_path / "stfpm_short").rmdir()
     (tmp_path / "stfpm_short").write_text("seed: 1")
     assert find_config(Path("stfpm_short")) == Path("stfpm_short")
-    with pytest.raises(UadxError) as error:
-        find_config(Path("stfpm_shrt"))
-    assert "stfpm_short" in error.value.hint
+    (tmp_path / "stfpm_short").unlink()
+    assert find_config(Path("stfpm.yaml")) == recipe_path("stfpm")
+    for wrong in ("stfpm_shrt", "stfpm_short.yml", "stfpm_short.v2", "here/stfpm_short"):
+        with pytest.raises(UadxError, match="no such configuration file") as error:
+            find_config(Path(wrong))
+        assert "stfpm_short" in error.value.hint

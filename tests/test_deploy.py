@@ -19,12 +19,14 @@ from uad_plugins.deployment.deploy import Order, deploy
 from uad_plugins.deployment.jetson.uadx_jetson.bundle import read_bundle
 from uad_plugins.deployment.servers import read_pbtxt
 from uad_plugins.deployment.sources import Source
-from uad_plugins.deployment.verify import random_images
+from uad_plugins.deployment.verify import random_images, verify
 from uad_plugins.detector import open_detector
-from uad_plugins.errors import UadxError, UsageError
+from uad_plugins.errors import EngineError, UadxError, UsageError
+from uad_plugins.hookspecs import Requirement, RuntimePlugin
 from uad_plugins.quantization.quantize import Order as QuantizationOrder
 from uad_plugins.quantization.quantize import quantize, source_of
 from uad_plugins.testing import TargetConformance
+from uad_plugins.testing.common import registered
 
 
 class TestOpenVinoCpu(TargetConformance):
@@ -246,6 +248,29 @@ def test_random_images_are_the_same_each_time_and_of_several_sizes():
     first, again = random_images((64, 48), 4), random_images((64, 48), 4)
     assert all(np.array_equal(one, other) for one, other in zip(first, again, strict=True))
     assert [image.shape for image in first] == [(48, 36, 3), (64, 48, 3), (80, 60, 3), (96, 72, 3)]
+
+
+@pytest.mark.parametrize("error", [EngineError("not on this processor"), ZeroDivisionError("division")])
+def test_an_engine_that_declines_leaves_the_bundle_to_the_others(trained, tmp_path, error):
+    def declines(folder):
+        if Path(folder) != trained:
+            raise error
+
+    missing = [Requirement("nowhere.engine", "pip install nowhere")]
+    with (
+        registered("runtime", RuntimePlugin("odd", "an engine", declines)),
+        registered("runtime", RuntimePlugin("missing", "an engine", declines, requires=missing)),
+    ):
+        lines = []
+        deploy(Order(trained, tmp_path / "b", "openvino-cpu"), lines.append)
+        assert [line for line in lines if line.startswith("warning: ")] == [
+            f"warning: {'' if isinstance(error, UadxError) else 'odd: ZeroDivisionError: '}{error}; "
+            "the bundle is verified without it"
+        ]
+        assert list(Bundle.open(tmp_path / "b").manifest.metrics["verified"]) == ["openvino"]
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(UadxError, match=f"no engine on this machine can run the bundle to verify it: .*{error}"):
+            verify(tmp_path / "empty", open_detector(trained), "fp32", [])
 
 
 def test_a_bundle_that_says_something_else_is_not_written(trained, tmp_path, monkeypatch):

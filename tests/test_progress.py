@@ -34,7 +34,14 @@ def training(monkeypatch):
     clock = itertools.count()
     monkeypatch.setattr(callbacks.time, "monotonic", lambda: float(next(clock)))
     trainer = SimpleNamespace(
-        is_global_zero=True, world_size=1, num_training_batches=3, max_epochs=2, current_epoch=0, callback_metrics={}
+        is_global_zero=True,
+        world_size=1,
+        num_training_batches=3,
+        max_epochs=2,
+        max_steps=-1,
+        accumulate_grad_batches=1,
+        current_epoch=0,
+        callback_metrics={},
     )
 
     def run(callback, batches):
@@ -56,6 +63,14 @@ def test_a_piped_training_says_rate_and_time_left_now_and_then(training, capsys)
         "epoch 1/2  4.0 images/s  4s left\nepoch 2/2  4.0 images/s  2s left  val_loss 0.5\n"
         "epoch 2/2  4.0 images/s  0s left  val_loss 0.5\n"
     )
+
+
+@pytest.mark.parametrize("epochs", [-1, 5])
+def test_a_training_of_so_many_steps_says_when_these_are_done(training, capsys, epochs):
+    run, trainer = training
+    trainer.max_epochs, trainer.max_steps, trainer.accumulate_grad_batches = epochs, 2, 2
+    run(callbacks.TrainingProgress(interactive=False, every=2), 4)
+    assert capsys.readouterr().err == "epoch 1/2  4.0 images/s  2s left\nepoch 2/2  4.0 images/s  0s left  val_loss 0.5\n"
 
 
 @pytest.mark.parametrize("end", ["on_train_end", "on_exception"])

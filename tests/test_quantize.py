@@ -152,6 +152,33 @@ def test_the_advice_can_be_taken(backend, options, tries, small, tmp_path, monke
     assert error.value.hint == f"the files are kept for looking at, marked as rejected; try {tries}"
 
 
+@pytest.mark.parametrize("good", [True, False])
+def test_a_backend_may_say_of_its_calibration_what_it_likes(good, small, tmp_path):
+    def writes(request):
+        save_onnx(to_onnx(request.core, request.image_size), request.folder / "model.onnx")
+        complaints = [] if good else ["not good enough"]
+        return QuantizationResult(["model.onnx"], "fp32", "float", calibration={"by": "hand"}, complaints=complaints)
+
+    with registered("quantizer", QuantizerPlugin("own", "calibrates by itself", writes)):
+        done = command("quantize", small, "--backend", "own", "--out", tmp_path / "q")
+    assert Quantized(tmp_path / "q").manifest().calibration == {"by": "hand"}
+    if good:
+        assert done.exit_code == 0, done.exception
+    else:
+        assert isinstance(done.exception, UadxError)
+        assert done.exception.message == "the result is not good: not good enough"
+
+
+def test_noise_that_there_was_none_of_is_not_made_wider(small, tmp_path, monkeypatch):
+    """One sample of both kinds is an image."""
+    monkeypatch.setattr("uad_plugins.quantization.quantize.auditing.wrong", lambda _: ["no good"])
+    run = shutil.copytree(small, tmp_path / "run")
+    with pytest.raises(UadxError) as error:
+        quantize(Order(run, tmp_path / "q", "openvino-int8", calibration="mixed", samples=1))
+    assert error.value.message == "the result is not good: no good"
+    assert "--calibration dataset" in error.value.hint
+
+
 def test_folders_are_not_overwritten_by_mistake(int8, small, tmp_path):
     out, _ = int8
     with pytest.raises(UadxError, match="holds a finished quantized model"):

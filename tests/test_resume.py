@@ -244,6 +244,17 @@ def test_a_resumed_training_keeps_its_configuration(trained):
     assert (more.trainer["max_epochs"], more.optimizer.lr) == (9, 1.0)
 
 
+def test_what_the_first_call_asked_of_the_trainer_stays(products, tmp_path):
+    """Also where the method has a wish of its own: it would clip nothing."""
+    given = {"trainer": {"max_epochs": 1, "gradient_clip_val": 0.5}}
+    small_run(products, tmp_path / "run", given, given=given)
+    assert Run(tmp_path / "run").config().trainer["gradient_clip_val"] == 0.5
+    more = {"trainer": {"max_epochs": 2}}
+    small_run(products, tmp_path / "run", more, given=more, resume=True)
+    assert Run(tmp_path / "run").config().trainer["gradient_clip_val"] == 0.5
+    assert Run(tmp_path / "run").config().trainer["max_epochs"] == 2
+
+
 def test_of_a_section_that_may_change_what_is_not_said_again_stays(trained, tmp_path, monkeypatch):
     run = Run(shutil.copytree(trained, tmp_path / "run"))
     write_text(run.config_file, to_yaml(small_config({"thresholds": {"target_fpr": 0.05}})))

@@ -144,8 +144,8 @@ def find_config(path: Path) -> Path:
     """
     recipes = {file.stem: file for file in sorted(recipe_path("stfpm").parent.glob("*.yaml"))}
     # Runs are often named after their recipe: a folder of that name does not hide it.
-    if not path.is_file() and path.name == str(path) and path.stem in recipes:
-        return recipes[path.stem]
+    if not path.is_file() and str(path).removesuffix(".yaml") in recipes:
+        return recipes[str(path).removesuffix(".yaml")]
     if path.exists():
         return path
     raise UadxError(f"{path}: no such configuration file", f"give a path, or a recipe that ships: {', '.join(recipes)}")

@@ -45,7 +45,7 @@ class Example:
 class Quickstart:
     """Where everything was written, and what was measured.
 
-    ``int8``, ``bundle`` and ``example`` are None without OpenVINO and NNCF.
+    ``int8``, ``bundle`` and ``example`` are None without OpenVINO, NNCF, onnx and onnxruntime.
     """
 
     data: Path

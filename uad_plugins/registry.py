@@ -284,8 +284,12 @@ def use_plugins(modules: Iterable[str]) -> None:
 
 
 def installed(module: str) -> bool:
-    """Tell whether a package can be imported, without importing it."""
-    return importlib.util.find_spec(module) is not None
+    """Tell whether a package, or a module of one, can be imported, without importing it."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        # The package that the module would be in.
+        return False
 
 
 def require_installed(plugin: Any) -> None:

@@ -18,6 +18,9 @@ from uad_plugins.registry import registry
 from uadx import __version__
 from uadx.commands import data, deploy, doctor, evaluate, plugins, predict, quantize, quickstart, teacher, thresholds, train
 
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
+
 app = typer.Typer(
     name="uadx",
     help="One model for many products: train, evaluate and run visual anomaly detection on the edge.",
@@ -94,13 +97,15 @@ def main(arguments: list[str] | None = None) -> None:
         if error.hint:
             sys.stderr.write(f"hint: {_line(error.hint)}\n")
         sys.exit(error.exit_code)
+    except SystemExit as leaving:
+        # Typer takes Ctrl-C and a reader who has enough for itself, and says nothing of either.
+        if leaving.code == INTERRUPTED:
+            sys.stderr.write("interrupted\n")
+        raise
     except KeyboardInterrupt:
+        # While the commands of plugins are loaded.
         sys.stderr.write("interrupted\n")
-        sys.exit(130)
-    except BrokenPipeError:
-        # Whoever read our output has enough.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        sys.exit(INTERRUPTED)
     except OSError as error:
         if debug:
             raise

@@ -147,7 +147,7 @@ def require_readable(
         more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
         raise UadxError(
             f"{path}: {reason}{more}",
-            "repair or remove it, or leave such files out with --skip-bad; see 'uadx data check'",
+            "repair or remove it, or train with --skip-bad, which leaves such files out; see 'uadx data check'",
         )
     return table.without(set(reasons)), reasons
 

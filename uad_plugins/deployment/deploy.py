@@ -180,7 +180,7 @@ def _finish(
     images, kind = images_for(table, manifest.categories, manifest.image_size)
     tell(f"verifying the bundle on {len(images)} {kind}")
     seal(folder, manifest)
-    verified = verify(folder, source.reference, source.precision, images)
+    verified = verify(folder, source.reference, source.precision, images, tell)
     metrics = {**manifest.metrics, "verified": verified, "verified_on": kind}
     manifest = manifest.model_copy(update={"metrics": metrics})
     pictures = draw(source.reference, table, folder) if order.pictures and table is not None else []

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,10 @@ from numpy.typing import NDArray
 
 from uad_plugins.data.samples import SampleTable
 from uad_plugins.detector import Detector
-from uad_plugins.errors import UadxError
+from uad_plugins.errors import EngineError, UadxError, reason_of
 from uad_plugins.hookspecs import RuntimePlugin
 from uad_plugins.quantization.referee import AGAINST_FP32, ENGINES, Limits, compare, held_out
-from uad_plugins.registry import registry
+from uad_plugins.registry import installed, registry
 
 IMAGES = 6
 BUILDS_FIRST = frozenset({"tensorrt"})
@@ -53,7 +52,9 @@ def random_images(size: tuple[int, int], count: int) -> list[NDArray[np.uint8]]:
     return found
 
 
-def verify(bundle: Path, reference: Detector, precision: str, images: Sequence[Any]) -> dict[str, dict[str, Any]]:
+def verify(
+    bundle: Path, reference: Detector, precision: str, images: Sequence[Any], tell: Callable[[str], None] = lambda _: None
+) -> dict[str, dict[str, Any]]:
     """Compare a bundle with its source.
 
     Args:
@@ -61,6 +62,7 @@ def verify(bundle: Path, reference: Detector, precision: str, images: Sequence[A
         reference: The source's detector.
         precision: Of the bundle.
         images: Paths or arrays.
+        tell: Called with a line about each engine that is installed and declines.
 
     Returns:
         Agreement by engine.
@@ -69,11 +71,22 @@ def verify(bundle: Path, reference: Detector, precision: str, images: Sequence[A
         UadxError: They disagree, or no engine here can run the bundle.
     """
     found: dict[str, dict[str, Any]] = {}
+    declined: list[str] = []
     plugins: list[RuntimePlugin] = registry().items("runtime")
     for plugin in plugins:
-        if plugin.name in BUILDS_FIRST or not all(importlib.util.find_spec(item.module) for item in plugin.requires):
+        if plugin.name in BUILDS_FIRST or not all(installed(item.module) for item in plugin.requires):
             continue
-        candidate = plugin.open(bundle)
+        try:
+            candidate = plugin.open(bundle)
+        except EngineError as error:
+            declined.append(error.message)
+            continue
+        except UadxError:
+            raise
+        except Exception as error:
+            # An engine may be foreign code: another may do.
+            declined.append(f"{plugin.name}: {type(error).__name__}: {reason_of(error)}")
+            continue
         if candidate is None:
             continue
         with candidate:
@@ -85,8 +98,13 @@ def verify(bundle: Path, reference: Detector, precision: str, images: Sequence[A
                 "nothing was written; please report it with the source",
             )
         found[candidate.engine] = agreement.as_dict()
+    for reason in declined if found else ():
+        tell(f"warning: {reason}; the bundle is verified without it")
     if not found:
-        raise UadxError("no engine on this machine can run the bundle to verify it", "pip install 'uadx[openvino-runtime]'")
+        why = f": {'; '.join(declined)}" if declined else ""
+        raise UadxError(
+            f"no engine on this machine can run the bundle to verify it{why}", "pip install 'uadx[openvino-runtime]'"
+        )
     return found
 
 

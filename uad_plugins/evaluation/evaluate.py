@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from uad_plugins.artifacts import atomic_path, write_json, write_text
 from uad_plugins.data.samples import NORMAL, Sample, SampleTable, relative_to
 from uad_plugins.detector import Detector, Prediction
-from uad_plugins.errors import UadxError
+from uad_plugins.errors import UadxError, reason_of
 from uad_plugins.evaluation.metrics import CategoryMetrics
 from uad_plugins.evaluation.overlays import label, outline, overlay, panel
 from uad_plugins.evaluation.rows import ERROR, NO_THRESHOLD, describe, picture_names, plain_threshold, to_csv, verdict
@@ -40,11 +40,13 @@ class Evaluation:
             ``unreadable`` (reason by path), ``left_out`` (products that were not measured) and ``detector``.
         rows: One dictionary an image.
         pictures: Examples written, when an output folder was given.
+        without_picture: Why a picture could not be written, by path.
     """
 
     report: dict[str, Any]
     rows: list[dict[str, Any]] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
+    without_picture: dict[str, str] = field(default_factory=dict)
 
 
 def evaluate(
@@ -96,9 +98,16 @@ def evaluate(
         result.rows.append(_row(detector, table, index, sample, prediction, error))
         if out is not None and (all_maps or index in shown) and not error:
             path = out / "maps" / names[sample.path]
-            _write_picture(detector, sample, prediction, mask, path)
             caption = f"{table.relative(index)}: {verdict(prediction.score, detector.thresholds.of(sample.category))}"
-            result.pictures.append(Picture(sample.category, caption, path, index in shown))
+            try:
+                _write_picture(detector, sample, prediction, mask, path)
+                result.pictures.append(Picture(sample.category, caption, path, index in shown))
+            except ImageError as problem:
+                # Gone or overwritten since it was scored.
+                result.without_picture[table.relative(index)] = problem.message
+            except OSError as problem:
+                # A name too long, a full disk: the figures are worth more than the picture.
+                result.without_picture[table.relative(index)] = problem.strerror or reason_of(problem)
         if progress is not None:
             progress(done, len(indices))
     if len(unreadable) >= len(indices) and all(row["verdict"] == "error" for row in result.rows):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from uad_plugins.errors import UadxError, UsageError
 
 if TYPE_CHECKING:
     from uad_plugins.data.samples import SampleTable
-    from uad_plugins.detector import Detector
+    from uad_plugins.detector import Detector, Prediction
     from uad_plugins.progress import Progress
 
 NORMAL_FPR, BEST_F1 = "normal-fpr", "best-f1"
@@ -315,6 +315,7 @@ def thresholds_from_samples(
     kind: str,
     ratio_scale: bool = True,
     progress: Progress | None = None,
+    unreadable: Callable[[Prediction], None] | None = None,
 ) -> Thresholds:
     """Score samples and set thresholds from them.
 
@@ -327,15 +328,27 @@ def thresholds_from_samples(
         kind: Which images these are, in words.
         ratio_scale: See ``from_normal``.
         progress: Called with images done and images in all.
+        unreadable: Called with the prediction of each image that could not be scored: the others count.
+
+    Raises:
+        UadxError: No image is left to set them from.
+        UsageError: See ``check_request``.
     """
     check_request(method, target_fpr)
     used = [int(i) for i in indices if method == BEST_F1 or table.labels[int(i)] == 0]
     scores = np.empty(len(used))
     categories = [table.categories[int(table.category_index[i])] for i in used]
+    failure = ""
     for done, prediction in enumerate(detector.stream((table.paths[i] for i in used), categories=categories)):
         scores[done] = prediction.score
+        if prediction.failure:
+            failure = failure or f"{prediction.path}: {prediction.failure}"
+            if unreadable is not None:
+                unreadable(prediction)
         if progress is not None:
             progress(done + 1, len(used))
+    if failure and not np.isfinite(scores).any():
+        raise UadxError(f"no image to set a threshold from can be read: {failure}", "repair them, or give others")
     return set_thresholds(
         scores,
         table.labels[used].astype(int),

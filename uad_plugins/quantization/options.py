@@ -1,4 +1,4 @@
-"""Options of the built-in backends. Nothing heavy in here: listings and ``--help`` look at it."""
+"""Options of the built-in backends. Nothing heavy in here: checking ``--set`` and the documentation look at it."""
 
 from __future__ import annotations
 

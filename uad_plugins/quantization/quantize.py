@@ -372,9 +372,9 @@ def _advice(manifest: QuantizedManifest) -> str:
     """Say what to try, of what there is for the backend and the method."""
     tries = []
     options, trainable = manifest.options, "qat" in model_plugin(manifest.model).supports
-    if manifest.precision == "int8" and manifest.calibration["source"] != "dataset":
+    if manifest.precision == "int8" and manifest.calibration.get("source", "dataset") != "dataset":
         tries.append("--calibration dataset")
-        wider = 2 * manifest.calibration["noise_std"]
+        wider = 2 * (manifest.calibration.get("noise_std") or WIDEST_NOISE)
         tries += [f"--noise-std {wider:g}"] if wider <= WIDEST_NOISE else []
     if options.get("bias_correction") == "fast" and not options.get("source"):
         tries.append("--set bias_correction=full")

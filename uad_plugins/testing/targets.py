@@ -50,7 +50,7 @@ class TargetConformance(Conformance[TargetPlugin]):
         return folder, self.item.package(_request(tmp_path, folder, self.item.options.model_validate(self.options)))
 
     def test_its_options_have_defaults_and_descriptions(self) -> None:
-        """``--set`` is never needed, and ``plugins list`` can explain each option."""
+        """``--set`` is never needed, and the documentation of each option is in its description."""
         assert issubclass(self.item.options, BaseModel)
         self.item.options()
         for name, about in self.item.options.model_fields.items():

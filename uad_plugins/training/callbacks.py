@@ -193,7 +193,13 @@ class TrainingProgress(Callback):
 
     @staticmethod
     def _total(trainer: Trainer) -> int:
-        return int(trainer.num_training_batches) * int(trainer.max_epochs or 1)
+        """Return the number of batches until the training ends, by its epochs or its steps."""
+        limits = []
+        if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+            limits.append(trainer.max_epochs * int(trainer.num_training_batches))
+        if trainer.max_steps >= 0:
+            limits.append(trainer.max_steps * trainer.accumulate_grad_batches)
+        return min(limits, default=int(trainer.num_training_batches))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -208,8 +214,9 @@ class TrainingProgress(Callback):
             return
         seconds = max(now - self._started, 1e-9)
         done = trainer.current_epoch * int(trainer.num_training_batches) + batch_idx + 1
-        left = (self._total(trainer) - done) * seconds / self._batches
-        epoch = f"{trainer.current_epoch + 1}/{trainer.max_epochs}"
+        total = self._total(trainer)
+        left = max(0, total - done) * seconds / self._batches
+        epoch = f"{trainer.current_epoch + 1}/{math.ceil(total / int(trainer.num_training_batches))}"
         rate, remaining = f"{self._images / seconds:.1f} images/s", f"{duration(left)} left"
         loss = trainer.callback_metrics.get(MONITOR)
         shown = f"{MONITOR} {float(loss):.4g}" if loss is not None else ""

@@ -118,7 +118,8 @@ def train(
             model.require_categories(trained_categories(table))
             if resumes:
                 check_same_specialists(run.manifest(), _method(model))
-        config = fit_trainer_arguments(config, model, given or {})
+        # What the first call has set is as explicit as what this one does.
+        config = fit_trainer_arguments(config, model, {"trainer": config.trainer} if resuming else given or {})
         check_trainer_can_be_built(config.trainer)
         if resumes:
             check_epochs(run, epochs_of(run.last_checkpoint, model), config.trainer.get("max_epochs"))

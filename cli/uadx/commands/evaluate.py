@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from uad_plugins.errors import missing_extra
+from uad_plugins.errors import UsageError, missing_extra
 from uadx.output import counting, emit_json, note, result_folder, table
 
 
@@ -34,6 +34,8 @@ def evaluate(
     from uad_plugins.data.unseen import trained_on
     from uad_plugins.detector import open_detector
 
+    if all_maps and out is None:
+        raise UsageError("--all-maps has no folder to write to", "add --out DIR")
     try:
         from uad_plugins.evaluation.evaluate import evaluate as measure
         from uad_plugins.evaluation.record import keep, origin_of
@@ -51,7 +53,8 @@ def evaluate(
             samples = samples.only([name for name in samples.categories if name not in left_out])
         else:
             for name in left_out:
-                note(f"warning: '{name}' was not trained on; it is judged by the pooled threshold")
+                which = "a threshold of its own" if name in detector.thresholds.categories else "the pooled threshold"
+                note(f"warning: '{name}' was not trained on; it is judged by {which}")
             left_out = []
         result = measure(detector, samples, out=out, all_maps=all_maps, left_out=left_out, progress=progress)
     report = result.report
@@ -68,6 +71,8 @@ def evaluate(
         write_report(result, out / "report.html", title="Evaluation", facts=facts)
     for path, reason in report["unreadable"].items():
         note(f"warning: {path}: {reason}")
+    for path, reason in result.without_picture.items():
+        note(f"warning: {path}: its heat map cannot be written: {reason}")
     if as_json:
         emit_json(report)
     else:
@@ -86,5 +91,5 @@ def evaluate(
         table(["category", *HEADINGS.values(), "good", "defective"], rows)
     if out is not None:
         note(f"report: {out / 'report.html'}")
-    if report["unreadable"]:
+    if report["unreadable"] or result.without_picture:
         raise typer.Exit(1)

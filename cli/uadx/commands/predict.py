@@ -65,23 +65,26 @@ def predict(
     for word in (word for word, images in found.items() if files and not images):
         note(f"note: no image in {word}; heat maps of earlier calls are none")
     rows: list[dict[str, Any]] = []
-    with open_detector(run, engine) as detector, counting("scoring images") as progress:
-        for row in score(
-            detector,
-            files,
-            category=category,
-            out=out,
-            batch_size=batch_size,
-            progress=progress,
-        ):
-            rows.append(row)
-            if not as_json:
-                _show(row)
-        if category is None and len(detector.categories) > 1:
-            note("note: no --category given: judged by the threshold pooled over all of them")
-    if out is not None:
-        write_text(out / PREDICTIONS, to_csv(rows))
-        note(f"heat maps and {PREDICTIONS}: {out}")
+    try:
+        with open_detector(run, engine) as detector, counting("scoring images") as progress:
+            for row in score(
+                detector,
+                files,
+                category=category,
+                out=out,
+                batch_size=batch_size,
+                progress=progress,
+            ):
+                rows.append(row)
+                if not as_json:
+                    _show(row)
+            if category is None and len(detector.categories) > 1:
+                note("note: no --category given: judged by the threshold pooled over all of them")
+    finally:
+        # Interrupted, too: the heat maps that are there have their rows.
+        if out is not None and rows:
+            write_text(out / PREDICTIONS, to_csv(rows))
+            note(f"heat maps and {PREDICTIONS}: {out}")
     failed = sum(row["error"] is not None for row in rows)
     if as_json:
         emit_json({"predictions": rows, "errors": failed})

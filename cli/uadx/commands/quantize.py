@@ -81,9 +81,10 @@ def quantize(
             for metric, values in metrics.items()
         ]
         table(["category", "metric", "FP32", manifest.precision.upper(), "drop"], rows)
-    asked, left_out = manifest.calibration["asked"], len(manifest.calibration.get("left_out", ()))
-    found = manifest.calibration["samples"] + left_out
-    if found < asked:
+    # A backend may say what it likes of its calibration.
+    asked, left_out = manifest.calibration.get("asked"), len(manifest.calibration.get("left_out", ()))
+    found = manifest.calibration.get("samples", 0) + left_out
+    if asked is not None and found < asked:
         note(f"note: {asked} calibration samples were asked for, there are images for {found}")
     if left_out:
         note(f"note: {left_out} odd images were left out of the calibration; see calibration.left_out in {out / MANIFEST}")

@@ -16,7 +16,9 @@ def thresholds(
     method: Annotated[
         str, typer.Option("--method", help="normal-fpr (good images alone) or best-f1 (labelled).")
     ] = "normal-fpr",
-    target_fpr: Annotated[float, typer.Option("--target-fpr", help="Share of good parts that may be rejected.")] = 0.01,
+    target_fpr: Annotated[
+        float, typer.Option("--target-fpr", help="Share of good parts that may be rejected (normal-fpr).")
+    ] = 0.01,
     layout: Annotated[str | None, typer.Option("--layout", help="Data layout; as in training, or recognised.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show them, store nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
@@ -30,7 +32,7 @@ def thresholds(
     from uad_plugins.artifacts import write_json
     from uad_plugins.config import ratio_scale
     from uad_plugins.data.unseen import unseen
-    from uad_plugins.detector import open_detector
+    from uad_plugins.detector import Prediction, open_detector
     from uad_plugins.evaluation.thresholds import check_request, thresholds_from_samples
     from uad_plugins.quantized import open_trained
 
@@ -42,7 +44,13 @@ def thresholds(
         note("note: the run was trained on this data; the images held out from training are used")
     elif len(indices) < len(samples):
         note(f"note: the run was trained on or is tested with {len(samples) - len(indices)} of these images: left out")
+    unreadable: list[Prediction] = []
     with open_detector(run) as detector, counting("scoring images") as progress:
+        names = {samples.categories[number] for number in samples.category_index[indices]}
+        foreign = sorted(names.difference(detector.categories))
+        if foreign and len(foreign) < len(names):
+            note(f"note: not trained on, and left out: {', '.join(foreign)}")
+            indices = indices[[samples.categories[number] not in foreign for number in samples.category_index[indices]]]
         result = thresholds_from_samples(
             detector,
             samples,
@@ -52,17 +60,22 @@ def thresholds(
             kind=kind,
             ratio_scale=ratio_scale(station.manifest().model),
             progress=progress,
+            unreadable=unreadable.append,
         )
         result, kept = result.over(detector.thresholds, detector.categories)
+    for prediction in unreadable:
+        note(f"warning: {prediction.path}: {prediction.failure}")
     if kept:
         note(f"note: not measured, and kept as they were: {', '.join(kept)}")
     if not dry_run:
         write_json(station.thresholds_file, result.as_dict())
     if as_json:
         emit_json(result.as_dict())
-        return
-    rows = [
-        [n, f"{t.value:.4g}", t.how, str(t.normal), str(t.anomalous)]
-        for n, t in [*result.categories.items(), ("pooled", result.pooled)]
-    ]
-    table(["category", "threshold", "how", "normal", "anomalous"], rows)
+    else:
+        rows = [
+            [n, f"{t.value:.4g}", t.how, str(t.normal), str(t.anomalous)]
+            for n, t in [*result.categories.items(), ("pooled", result.pooled)]
+        ]
+        table(["category", "threshold", "how", "normal", "anomalous"], rows)
+    if unreadable:
+        raise typer.Exit(1)

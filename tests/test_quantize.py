@@ -152,31 +152,29 @@ def test_the_advice_can_be_taken(backend, options, tries, small, tmp_path, monke
     assert error.value.hint == f"the files are kept for looking at, marked as rejected; try {tries}"
 
 
-@pytest.mark.parametrize("good", [True, False])
-def test_a_backend_may_say_of_its_calibration_what_it_likes(good, small, tmp_path):
+def test_a_backend_may_say_of_its_calibration_what_it_likes(small, tmp_path):
+    done = with_calibration({"by": "hand"}, small, tmp_path, precision="fp32")
+    assert done.exit_code == 0, done.exception
+    assert Quantized(tmp_path / "q").manifest().calibration == {"by": "hand"}
+
+
+@pytest.mark.parametrize("calibration", [{"by": "hand"}, {"source": "mixed", "noise_std": None}])
+def test_advice_knows_only_the_noise_that_there_was(calibration, small, tmp_path):
+    done = with_calibration(calibration, small, tmp_path, precision="int8", complaints=["not good enough"])
+    assert isinstance(done.exception, UadxError)
+    assert "not good enough" in done.exception.message
+    assert "--noise-std" not in done.exception.hint
+
+
+def with_calibration(calibration, run, folder, precision, complaints=()):
+    """Quantize with a backend that writes what it was given, and this for its calibration."""
+
     def writes(request):
         save_onnx(to_onnx(request.core, request.image_size), request.folder / "model.onnx")
-        complaints = [] if good else ["not good enough"]
-        return QuantizationResult(["model.onnx"], "fp32", "float", calibration={"by": "hand"}, complaints=complaints)
+        return QuantizationResult(["model.onnx"], precision, "float", calibration=calibration, complaints=complaints)
 
     with registered("quantizer", QuantizerPlugin("own", "calibrates by itself", writes)):
-        done = command("quantize", small, "--backend", "own", "--out", tmp_path / "q")
-    assert Quantized(tmp_path / "q").manifest().calibration == {"by": "hand"}
-    if good:
-        assert done.exit_code == 0, done.exception
-    else:
-        assert isinstance(done.exception, UadxError)
-        assert done.exception.message == "the result is not good: not good enough"
-
-
-def test_noise_that_there_was_none_of_is_not_made_wider(small, tmp_path, monkeypatch):
-    """One sample of both kinds is an image."""
-    monkeypatch.setattr("uad_plugins.quantization.quantize.auditing.wrong", lambda _: ["no good"])
-    run = shutil.copytree(small, tmp_path / "run")
-    with pytest.raises(UadxError) as error:
-        quantize(Order(run, tmp_path / "q", "openvino-int8", calibration="mixed", samples=1))
-    assert error.value.message == "the result is not good: no good"
-    assert "--calibration dataset" in error.value.hint
+        return command("quantize", run, "--backend", "own", "--out", folder / "q")
 
 
 def test_folders_are_not_overwritten_by_mistake(int8, small, tmp_path):

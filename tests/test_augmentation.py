@@ -1,5 +1,7 @@
 """Training images varied by what good parts may look like."""
 
+from itertools import combinations
+
 import pytest
 import torch
 from runs import small_config, small_run
@@ -8,6 +10,7 @@ from students import good_batch
 from uad_plugins.artifacts import Run
 from uad_plugins.config import AugmentationConfig, read_yaml
 from uad_plugins.errors import UsageError
+from uad_plugins.models import recipe
 from uad_plugins.models.augmentation import Augmentation
 from uad_plugins.models.conditional import RecognisingTeacher
 
@@ -160,7 +163,10 @@ def test_wrong_values_are_refused(wrong, message):
         small_config({"augmentation": wrong})
 
 
-def test_the_recognition_of_products_learns_from_varied_images(products, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("enough", "passes"), [(recipe.ENOUGH, recipe.PASSES), (0.05, 2)])
+def test_the_recognition_of_products_learns_from_varied_images(products, tmp_path, monkeypatch, enough, passes):
+    """Until it has seen enough of them, at most so often, each time otherwise; if they are always the same, once."""
+    monkeypatch.setattr(recipe, "ENOUGH", enough)
     seen, learn = [], RecognisingTeacher.learn
     monkeypatch.setattr(
         RecognisingTeacher, "learn", lambda self, found: learn(self, seen.append(found := list(found)) or found)
@@ -169,5 +175,8 @@ def test_the_recognition_of_products_learns_from_varied_images(products, tmp_pat
         options = {"model": {"options": {"conditional_norm": True}}, "trainer": {"max_epochs": 1}, "augmentation": over}
         small_run(products, tmp_path / str(len(seen)), options)
     plain, varied_ones = (torch.cat([images for images, _ in found]) for found in seen)
-    assert plain.shape == varied_ones.shape
-    assert not torch.allclose(plain, varied_ones)
+    shown = [plain, *varied_ones.chunk(passes)]
+    assert {images.shape for images in shown} == {plain.shape}
+    assert not any(torch.allclose(one, other) for one, other in combinations(shown, 2))
+    once, often = (torch.cat([labels for _, labels in found]) for found in seen)
+    assert torch.equal(often, once.repeat(passes))

@@ -57,6 +57,11 @@ def augmentation(config: AugmentationConfig) -> list[Callback]:
     return [Augmentation(config)] if config else []
 
 
+def varies(trainer: Trainer) -> bool:
+    """Tell whether a training varies its images."""
+    return any(isinstance(callback, Augmentation) for callback in trainer.callbacks)
+
+
 def vary(trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
     """Vary a batch as the training does, in a pass over the images beside it."""
     for callback in trainer.callbacks:

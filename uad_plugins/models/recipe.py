@@ -14,7 +14,7 @@ from torch import nn, optim
 
 from uad_plugins.config import OptimizerConfig
 from uad_plugins.errors import UadxError, UsageError
-from uad_plugins.models.augmentation import vary
+from uad_plugins.models.augmentation import varies, vary
 from uad_plugins.models.backbones import CHECKPOINT, WAYS_OUT, WeightsRecord
 from uad_plugins.models.chances import ANOMALIES, chances_of
 from uad_plugins.models.conditional import OPTION, RecognisingTeacher, groups_of, rows_of
@@ -23,6 +23,12 @@ from uad_plugins.models.options import Filling
 from uad_plugins.models.passes import batches
 from uad_plugins.models.specialists import Parts, Specialists
 from uad_plugins.models.synthetic_anomalies import SyntheticAnomalies
+
+PASSES = 4
+"""How often a training image is looked at, at most, to tell products apart: each time varied, and with anomalies, anew."""
+
+ENOUGH = 3
+"""So many images for each value that products are told apart by: of fewer, how these go together is not learnt."""
 
 Observe = Callable[[Callable[[Any, torch.Tensor], tuple[torch.Tensor, ...]]], Iterator[tuple[torch.Tensor, ...]]]
 """Calls a function with a network and batches of images, and yields what it returns."""
@@ -223,7 +229,7 @@ class DistillationRecipe:
             self.set_products(names)
 
     def on_fit_start(self) -> None:
-        """Learn to tell the products apart, from each training image once; what a checkpoint has brought is kept.
+        """Learn to tell the products apart, from the training images; what a checkpoint has brought is kept.
 
         Raises:
             UadxError: The model was built for a checkpoint, and none was loaded: its backbone is random.
@@ -236,19 +242,27 @@ class DistillationRecipe:
             return
         # Lightning sets the loaders up after this hook, unless a schedule has asked for the number of steps before.
         module.trainer.fit_loop.setup_data()
-        teacher.learn(self._shown(batches(module.trainer.train_dataloader)))
+        teacher.learn(self._shown(ENOUGH * teacher.classifier.in_channels))
 
-    def _shown(self, found: Iterable[Any]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield the images of batches as the network is shown them, varied and with anomalies, and their products."""
+    def _shown(self, enough: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield the training images as the network is shown them, varied and with anomalies, and their products.
+
+        Once, and again until there are enough of them in all processes, where they are not the same each time.
+        """
         module: Any = self
-        for number, batch in enumerate(found):
-            batch.image = batch.image.to(module.device)
-            vary(module.trainer, module, batch, number)
-            images = batch.image
-            images = images if module.pre_processor is None else module.pre_processor(images)
-            products = self._products_of(batch).to(module.device)
-            groups = groups_of(products) if self.products_apart else None
-            yield images if self.anomalies is None else self.with_anomalies(images, number, groups)[0], products
+        trainer, number, seen = module.trainer, 0, 0
+        for _ in range(PASSES if self.anomalies is not None or varies(trainer) else 1):
+            for batch in batches(trainer.train_dataloader):
+                batch.image = batch.image.to(module.device)
+                vary(trainer, module, batch, number)
+                images = batch.image
+                images = images if module.pre_processor is None else module.pre_processor(images)
+                products = self._products_of(batch).to(module.device)
+                groups = groups_of(products) if self.products_apart else None
+                yield images if self.anomalies is None else self.with_anomalies(images, number, groups)[0], products
+                number, seen = number + 1, seen + len(images) * trainer.world_size
+            if seen >= enough:
+                break
 
     def _products_of(self, batch: Any) -> torch.Tensor:
         return rows_of(getattr(batch, "category", None), self.products).to(batch.image.device)

@@ -313,6 +313,7 @@ def test_cached_rows_stay_right_when_bad_images_are_left_out(products, tmp_path)
     cache.remove()
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("proc", [True, False])
 def test_the_cache_survives_going_to_worker_processes(products, tmp_path, monkeypatch, proc):
     if not proc:

@@ -143,9 +143,10 @@ def find_config(path: Path) -> Path:
         UadxError: There is neither.
     """
     recipes = {file.stem: file for file in sorted(recipe_path("stfpm").parent.glob("*.yaml"))}
+    name = str(path).removesuffix(".yaml")
     # Runs are often named after their recipe: a folder of that name does not hide it.
-    if not path.is_file() and str(path).removesuffix(".yaml") in recipes:
-        return recipes[str(path).removesuffix(".yaml")]
+    if not path.is_file() and name in recipes:
+        return recipes[name]
     if path.exists():
         return path
     raise UadxError(f"{path}: no such configuration file", f"give a path, or a recipe that ships: {', '.join(recipes)}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import importlib.util
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ from typing import Any
 from uad_plugins.cpu import cores, cpu_flags
 from uad_plugins.errors import reason_of
 from uad_plugins.hookspecs import Requirement
-from uad_plugins.registry import registry
+from uad_plugins.registry import installed, registry
 
 
 @dataclass(frozen=True)
@@ -80,12 +79,7 @@ PACKAGES: tuple[Requirement, ...] = (
 
 def examine(requirement: Requirement) -> Diagnosis:
     """Find out whether a requirement is met: is it installed, and does its trial succeed."""
-    try:
-        found = importlib.util.find_spec(requirement.module)
-    except (ModuleNotFoundError, ValueError):
-        # The package that the module would be part of is not there either.
-        found = None
-    if found is None:
+    if not installed(requirement.module):
         return _unusable(requirement, "not installed")
     try:
         version = importlib.metadata.version(requirement.module)
@@ -155,7 +149,7 @@ def machine() -> dict[str, Any]:
 
 
 def _gpus() -> list[str]:
-    if importlib.util.find_spec("torch") is None:
+    if not installed("torch"):
         return []
     try:
         cuda = importlib.import_module("torch").cuda

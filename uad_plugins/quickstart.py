@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from uad_plugins.errors import UadxError
 from uad_plugins.evaluation.evaluate import Evaluation, evaluate
 from uad_plugins.evaluation.report import write_report
 from uad_plugins.quantized import QuantizedManifest
+from uad_plugins.registry import installed
 from uad_plugins.runtime import Detector
 from uad_plugins.training.train import train
 
@@ -105,7 +105,7 @@ def run_quickstart(
 
     data, run = out / "data", out / "run"
     int8, bundle, example = None, None, None
-    quantizing = all(importlib.util.find_spec(name) is not None for name in ("openvino", "nncf", "onnx", "onnxruntime"))
+    quantizing = all(installed(name) for name in ("openvino", "nncf", "onnx", "onnxruntime"))
     steps = 5 if quantizing else 3
     with step(
         "synthesize", f"1/{steps}  drawing three products: good parts to learn from, good and defective ones to test on"

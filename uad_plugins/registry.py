@@ -287,8 +287,8 @@ def installed(module: str) -> bool:
     """Tell whether a package, or a module of one, can be imported, without importing it."""
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:
-        # The package that the module would be in.
+    except (ModuleNotFoundError, ValueError):
+        # The package that the module would be part of is not there either.
         return False
 
 

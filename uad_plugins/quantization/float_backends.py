@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 from torch import nn
@@ -10,6 +9,7 @@ from torch import nn
 from uad_plugins.hookspecs import QuantizationRequest, QuantizationResult
 from uad_plugins.quantization.export import save_onnx, save_openvino, to_onnx, to_openvino
 from uad_plugins.quantization.onnx_graph import with_float16_weights
+from uad_plugins.registry import installed
 
 
 def export(request: QuantizationRequest, *, half: bool) -> QuantizationResult:
@@ -29,7 +29,7 @@ def write(core: nn.Module, image_size: tuple[int, int], folder: Path, *, half: b
     model = to_onnx(core, image_size)
     path = save_onnx(model, folder / "model.onnx")
     files = ["model.onnx"]
-    if importlib.util.find_spec("openvino") is not None:
+    if installed("openvino"):
         save_openvino(to_openvino(path), folder / "model.xml", half=half)
         files += ["model.xml", "model.bin"]
     if half:

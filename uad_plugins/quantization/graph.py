@@ -91,11 +91,11 @@ class Graph:
                 if gate and gated and (kind == MULTIPLY or gated <= found):
                     between = _reach(gate, lambda each: () if each in means else self.inputs.get(each, {}).values())
                     found |= {name} | between & of_image
-        return found | self._summed_up(found & means)
+        return found | self._summed_up(found & means, moving)
 
-    def _summed_up(self, means: set[str]) -> set[str]:
-        """Return the arithmetic between convolutions and means that leads to these means alone."""
-        moving, found = self.moving(), set(means)
+    def _summed_up(self, means: set[str], moving: set[str]) -> set[str]:
+        """Return the arithmetic, of what moves, between convolutions and means that leads to these means alone."""
+        found = set(means)
         waiting = [source for name in means for source in self.inputs[name].values()]
         while waiting:
             name = waiting.pop()

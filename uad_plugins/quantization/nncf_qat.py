@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,6 +37,7 @@ from uad_plugins.quantization.torch_quantization import (
     student_scales,
     was_trained,
 )
+from uad_plugins.registry import installed
 from uad_plugins.training.callbacks import FiniteLoss, HeldOutLoss, SampleCount, TrainingProgress
 from uad_plugins.training.checkpointing import MONITOR, AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
 from uad_plugins.training.quiet import quiet_libraries
@@ -337,7 +337,7 @@ def _export(request: QuantizationRequest, core: nn.Module, options: QatOptions) 
         model = with_int8_weights(model)
     path = save_onnx(model, request.folder / "model.onnx")
     files = ["model.onnx"]
-    if options.profile == OPENVINO and importlib.util.find_spec("openvino") is not None:
+    if options.profile == OPENVINO and installed("openvino"):
         save_openvino(to_openvino(path), request.folder / "model.xml")
         files += ["model.xml", "model.bin"]
     return files

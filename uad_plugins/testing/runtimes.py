@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
@@ -14,6 +13,7 @@ from PIL import Image
 from uad_plugins.detector import Detector
 from uad_plugins.hookspecs import RuntimePlugin
 from uad_plugins.imaging import RgbImage
+from uad_plugins.registry import installed
 from uad_plugins.testing.common import (
     FOREIGN_FILES,
     Conformance,
@@ -50,7 +50,7 @@ class RuntimeConformance(Conformance[RuntimePlugin]):
         """Open the station."""
         if station is None:
             pytest.skip("no folder to open: override the fixture 'station'")
-        missing = [requirement.module for requirement in self.item.requires if not _found(requirement.module)]
+        missing = [requirement.module for requirement in self.item.requires if not installed(requirement.module)]
         if missing:
             pytest.skip(f"not installed: {', '.join(missing)}")
         opened = self.item.open(station)
@@ -74,7 +74,7 @@ class RuntimeConformance(Conformance[RuntimePlugin]):
             assert len(requirement.install.split()) > 1, f"a requirement has an install command to copy: {requirement}"
             assert " #" not in requirement.install, f"what no command provides is in 'needs': {requirement}"
             assert len(requirement.install.splitlines()) == 1, f"an install command is one line: {requirement}"
-            if requirement.check is not None and _found(requirement.module):
+            if requirement.check is not None and installed(requirement.module):
                 reason = requirement.check()
                 assert reason is None or reason.strip(), f"a check returns None or a reason: {requirement}"
 
@@ -97,10 +97,3 @@ class RuntimeConformance(Conformance[RuntimePlugin]):
 
 def _images(size: tuple[int, int]) -> RgbImage:
     return np.random.default_rng(0).integers(0, 256, (IMAGES, *size, 3)).astype(np.uint8)
-
-
-def _found(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:
-        return False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,6 +21,7 @@ from uad_plugins.deployment.manifest import (
 from uad_plugins.errors import UadxError
 from uad_plugins.evaluation.thresholds import Threshold, Thresholds
 from uad_plugins.hookspecs import PackagingRequest, PackagingResult, TargetPlugin
+from uad_plugins.registry import installed
 from uad_plugins.testing.common import Conformance
 
 SIZE = (16, 24)
@@ -42,8 +42,8 @@ class TargetConformance(Conformance[TargetPlugin]):
     @pytest.fixture
     def packaged(self, tmp_path: Path) -> tuple[Path, PackagingResult]:
         """Package a small model."""
-        missing = [item.module for item in self.item.requires if importlib.util.find_spec(item.module) is None]
-        if missing or importlib.util.find_spec("onnx") is None:
+        missing = [item.module for item in self.item.requires if not installed(item.module)]
+        if missing or not installed("onnx"):
             pytest.skip(f"not installed: {', '.join(missing) or 'onnx'}")
         folder = tmp_path / "bundle"
         folder.mkdir()
@@ -123,7 +123,7 @@ def _models(work: Path) -> dict[str, Path]:
     onnx.checker.check_model(model)
     onnx.save(model, work / "model.onnx")
     found = {"onnx": work / "model.onnx"}
-    if importlib.util.find_spec("openvino") is not None:
+    if installed("openvino"):
         import openvino
 
         openvino.save_model(openvino.convert_model(work / "model.onnx"), work / "model.xml", compress_to_fp16=False)

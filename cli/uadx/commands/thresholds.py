@@ -46,11 +46,11 @@ def thresholds(
         note(f"note: the run was trained on or is tested with {len(samples) - len(indices)} of these images: left out")
     unreadable: list[Prediction] = []
     with open_detector(run) as detector, counting("scoring images") as progress:
-        names = {samples.categories[number] for number in samples.category_index[indices]}
-        foreign = sorted(names.difference(detector.categories))
-        if foreign and len(foreign) < len(names):
+        names = [samples.categories[number] for number in samples.category_index[indices]]
+        foreign = sorted(set(names).difference(detector.categories))
+        if 0 < len(foreign) < len(set(names)):
             note(f"note: not trained on, and left out: {', '.join(foreign)}")
-            indices = indices[[samples.categories[number] not in foreign for number in samples.category_index[indices]]]
+            indices = indices[[name not in foreign for name in names]]
         result = thresholds_from_samples(
             detector,
             samples,

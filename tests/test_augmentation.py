@@ -180,3 +180,22 @@ def test_the_recognition_of_products_learns_from_varied_images(products, tmp_pat
     assert not any(torch.allclose(one, other) for one, other in combinations(shown, 2))
     once, often = (torch.cat([labels for _, labels in found]) for found in seen)
     assert torch.equal(often, once.repeat(passes))
+
+
+def test_the_recognition_of_products_has_seen_enough_of_any_number_of_images(products, tmp_path, monkeypatch):
+    """Or its memory would grow with them."""
+    seen, learn = [], RecognisingTeacher.learn
+    monkeypatch.setattr(
+        RecognisingTeacher, "learn", lambda self, found: learn(self, seen.append(found := list(found)) or found)
+    )
+    over = {"model": {"options": {"conditional_norm": True, "synthetic_anomalies": 0.8}}, "data": {"train_batch_size": 2}}
+    for enough, most in ((recipe.ENOUGH, recipe.MOST), (0, 4)):
+        monkeypatch.setattr(recipe, "ENOUGH", enough)
+        monkeypatch.setattr(recipe, "MOST", most)
+        small_run(products, tmp_path / str(most), {**over, "trainer": {"max_epochs": 1}})
+    numbers = [torch.cat([labels for _, labels in found]).bincount() for found in seen]
+    assert (numbers[0] == numbers[0][0]).all()
+    assert numbers[0][0] > 20
+    # A batch that shows a product too rarely seen may show another one besides.
+    assert (numbers[1] >= 4).all()
+    assert (numbers[1] <= 6).all()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
+from itertools import count
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,6 +30,9 @@ PASSES = 4
 
 ENOUGH = 3
 """So many images for each value that products are told apart by: of fewer, how these go together is not learnt."""
+
+MOST = 1000
+"""Looks at images of one product that say what it looks like, where no more are needed to have ``ENOUGH`` of all."""
 
 Observe = Callable[[Callable[[Any, torch.Tensor], tuple[torch.Tensor, ...]]], Iterator[tuple[torch.Tensor, ...]]]
 """Calls a function with a network and batches of images, and yields what it returns."""
@@ -247,21 +251,26 @@ class DistillationRecipe:
     def _shown(self, enough: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield the training images as the network is shown them, varied and with anomalies, and their products.
 
-        Once, and again until there are enough of them in all processes, where they are not the same each time.
+        Once, and again until there are enough of them in all processes, where they are not the same each time. Batches of
+        products that have been seen often enough are passed by: memory does not grow with the number of images.
         """
         module: Any = self
-        trainer, number, seen = module.trainer, 0, 0
+        most = max(MOST, math.ceil(enough / len(self.products)))
+        trainer, numbers, seen = module.trainer, count(), torch.zeros(len(self.products), dtype=torch.long)
         for _ in range(PASSES if self.anomalies is not None or varies(trainer) else 1):
-            for batch in batches(trainer.train_dataloader):
+            for batch, number in zip(batches(trainer.train_dataloader), numbers, strict=False):
+                rows = rows_of(getattr(batch, "category", None), self.products)
+                if (seen[rows] * trainer.world_size >= most).all():
+                    continue
+                seen += rows.bincount(minlength=len(seen))
                 batch.image = batch.image.to(module.device)
                 vary(trainer, module, batch, number)
                 images = batch.image
                 images = images if module.pre_processor is None else module.pre_processor(images)
-                products = self._products_of(batch).to(module.device)
+                products = rows.to(module.device)
                 groups = groups_of(products) if self.products_apart else None
                 yield images if self.anomalies is None else self.with_anomalies(images, number, groups)[0], products
-                number, seen = number + 1, seen + len(images) * trainer.world_size
-            if seen >= enough:
+            if seen.sum() * trainer.world_size >= enough:
                 break
 
     def _products_of(self, batch: Any) -> torch.Tensor:

@@ -90,8 +90,10 @@ def test_missing_or_mismatched_weights_name_the_ways_out(tmp_path, whole, make, 
     ("name", "layers", "message"), [("resnet34", (1, 2), "of resnet18, not resnet34"), ("resnet18", (1, 4), "lacks")]
 )
 def test_the_bundled_weights_do_for_resnet18_up_to_layer3_alone(name, layers, message):
-    with pytest.raises(UadxError, match=message):
+    with pytest.raises(UadxError, match=message) as error:
         load_backbone(cut(layers, name), name, "bundled")
+    if name != "resnet18":
+        assert error.value.hint.startswith("--backbone resnet18, --weights FILE_OR_FOLDER")
 
 
 def test_pickled_code_is_not_run(tmp_path):

@@ -83,6 +83,8 @@ def test_version(uadx):
         (["data", "check", "DATA", "--layout", "vissa"], 2, "did you mean 'visa'?"),
         (["data", "synth", "DATA"], 1, "exists and is not an empty folder"),
         (["data", "synth", "OUT", "--product", "washr"], 2, "did you mean 'washer'?"),
+        (["thresholds", "RUN", "DATA", "--method", "best-f1", "--target-fpr", "0.1"], 2, "best-f1 aims at no rate"),
+        (["train", "DATA", "--out", "OUT", "--config", "stfpm_shrt"], 1, "did you mean 'stfpm_short'?"),
         (["thresholds", "RUN", "DATA", "--method", "guess"], 2, "unknown threshold method 'guess'"),
     ],
 )

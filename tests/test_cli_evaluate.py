@@ -4,6 +4,8 @@ import csv
 import json
 import shutil
 
+from PIL import Image
+
 from uad_plugins.data.layouts import scan
 from uad_plugins.evaluation.record import origin_of
 
@@ -62,6 +64,19 @@ def test_a_heat_map_that_cannot_be_written_costs_no_figure(uadx, products, train
 def test_maps_need_a_folder(uadx, products, trained):
     status, _, err = uadx("evaluate", trained, products, "--all-maps")
     assert (status, err) == (2, "error: --all-maps has no folder to write to\nhint: add --out DIR\n")
+
+
+def test_a_mask_of_another_size_than_its_image_does_not_count(uadx, products, trained, tmp_path):
+    """Stretched it would mark another place."""
+    data = shutil.copytree(products, tmp_path / "data")
+    mask = next((data / "fabric" / "ground_truth").rglob("*.png"))
+    Image.new("L", (48, 20), 255).save(mask)
+    status, out, err = uadx("evaluate", trained, data, "--json")
+    assert status == 1
+    reason = "mask is 48x20, its image 64x64; its image counts, its pixels do not"
+    assert json.loads(out)["unreadable"] == {str(mask.relative_to(data)): reason}
+    assert json.loads(out)["categories"]["fabric"]["anomalous"] == 4
+    assert reason in err
 
 
 def test_an_unknown_category_is_judged_by_the_pooled_threshold(uadx, products, trained, tmp_path):

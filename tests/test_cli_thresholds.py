@@ -164,3 +164,26 @@ def test_data_without_an_unseen_image_is_refused(uadx, products, run, tmp_path):
     assert "error: no normal image to set a threshold from\n" in err
     with pytest.raises(UadxError, match="no such file or folder"):
         unseen(str(tmp_path / "nowhere"), None, Run(run).source())
+
+
+def test_lost_thresholds_are_set_anew(uadx, products, run):
+    """Until then images get a score and no verdict."""
+    before, picture = read_json(run / "thresholds.json"), next((products / "fabric" / "test" / "good").iterdir())
+    (run / "thresholds.json").write_text("{")
+    for words in (["predict", run, picture], ["thresholds", run, products]):
+        status, out, err = uadx(*words)
+        assert (status, out) == (1, "")
+        assert err.splitlines()[-1] == "hint: remove it, and set them anew: uadx thresholds"
+    (run / "thresholds.json").unlink()
+    status, out, err = uadx("predict", run, picture, "--json")
+    (row,) = json.loads(out)["predictions"]
+    assert (status, row["threshold"], row["verdict"]) == (0, None, "no threshold"), err
+    assert row["score"] > 0
+    shutil.copytree(products / "fabric", run / "some" / "fabric")
+    status, out, err = uadx("thresholds", run, run / "some", "--json")
+    assert status == 0, err
+    # There is no earlier one to keep for images of any product.
+    assert list(json.loads(out)["categories"]) == ["fabric"]
+    status, _, err = uadx("thresholds", run, products, "--target-fpr", "0.01")
+    assert status == 0, err
+    assert read_json(run / "thresholds.json") == before

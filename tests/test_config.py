@@ -128,6 +128,8 @@ def test_assignments_are_read_as_yaml():
     }
     assert from_environment({"UADX_TRAIN__A__B_C": "2", "UADX_STRICT_PLUGINS": "1"}) == {"a": {"b_c": 2}}
     assert parse_value("[unclosed") == "[unclosed"
+    with pytest.raises(UsageError, match="UADX_TRAIN_OPTIMIZER_LR would be ignored"):
+        from_environment({"UADX_TRAIN_OPTIMIZER_LR": "1"})
 
 
 @pytest.mark.parametrize("word", ["lr", "=1"])

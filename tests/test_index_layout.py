@@ -124,7 +124,8 @@ def test_a_misspelt_index_column_is_found(tmp_path):
     file.write_text("path,kategory,split,label\na.png,bolt,train,0\n")
     with pytest.raises(UadxError) as error:
         scan(file)
-    assert (error.value.message, error.value.hint) == (f"{file}:2: no value for 'category'", "found 'kategory'")
+    hint = "columns: path, category, split, label, mask, defect; not understood: 'kategory'"
+    assert (error.value.message, error.value.hint) == (f"{file}:2: no value for 'category'", hint)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,8 @@ from uad_plugins.registry import use_plugins
 
 MANIFEST = "run.json"
 SCHEMA = "uadx.run/1"
+AGAIN = "copy the run again, or train again"
+"""What to do where a file of a run is damaged."""
 
 # It can only be read by setting it.
 _UMASK = os.umask(0)
@@ -72,8 +74,12 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, hint: str = "") -> Any:
     """Read a JSON file.
+
+    Args:
+        path: The file.
+        hint: What to do where it cannot be read.
 
     Raises:
         UadxError: The file is missing or is not JSON.
@@ -81,9 +87,9 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UadxError(f"{path}: no such file") from None
+        raise UadxError(f"{path}: no such file", hint) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UadxError(f"{path}: not valid JSON: {error}") from error
+        raise UadxError(f"{path}: not valid JSON: {error}", hint) from error
 
 
 def cache_folder(name: str) -> Path:
@@ -185,7 +191,7 @@ class Run:
             return None
         content = read_json(self.split_file)
         if not isinstance(content, Mapping) or not isinstance(content.get("val"), list):
-            raise UadxError(f"{self.split_file}: damaged: no list 'val'", "copy the run again, or train again")
+            raise UadxError(f"{self.split_file}: damaged: no list 'val'", AGAIN)
         return set(content["val"])
 
     @property
@@ -205,14 +211,14 @@ class Run:
             UadxError: It is missing, damaged, or of a newer version of the schema.
         """
         path = self.folder / MANIFEST
-        content = read_json(path)
+        content = read_json(path, AGAIN)
         schema = content.get("schema") if isinstance(content, Mapping) else None
         if schema != SCHEMA:
             raise UadxError(f"{path}: schema '{schema}' is not known to this version", "update uadx, or train again")
         try:
             return RunManifest.model_validate(content)
         except ValidationError as error:
-            raise UadxError(f"{path}: damaged: {error.errors()[0]['msg']}") from error
+            raise UadxError(f"{path}: damaged: {error.errors()[0]['msg']}", AGAIN) from error
 
     def write_manifest(self, manifest: RunManifest) -> None:
         """Write the manifest."""
@@ -270,6 +276,8 @@ def checked(path: Path, reader: Callable[[Path], Any]) -> Any:
     except UadxError:
         raise
     except Exception as error:
+        if not path.exists():
+            raise UadxError(f"{path}: no such file", "copy again what it belongs to") from error
         # torch and zipfile raise many kinds for a damaged file.
         raise UadxError(
             f"{path}: cannot be read: {reason_of(error)}", "the file is damaged or of another version"

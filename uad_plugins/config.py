@@ -149,7 +149,11 @@ def find_config(path: Path) -> Path:
         return recipes[name]
     if path.exists():
         return path
-    raise UadxError(f"{path}: no such configuration file", f"give a path, or a recipe that ships: {', '.join(recipes)}")
+    close = nearest(name, recipes)
+    meant = f"did you mean '{close}'? " if close else ""
+    raise UadxError(
+        f"{path}: no such configuration file", f"{meant}give a path, or a recipe that ships: {', '.join(recipes)}"
+    )
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -170,9 +174,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def from_environment(environment: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Return the configuration that ``UADX_TRAIN__SECTION__KEY`` variables give."""
+    """Return the configuration that ``UADX_TRAIN__SECTION__KEY`` variables give.
+
+    Raises:
+        UsageError: One lacks an underscore.
+    """
     tree: dict[str, Any] = {}
     for name, value in sorted((os.environ if environment is None else environment).items()):
+        if name.startswith(ENVIRONMENT_PREFIX.rstrip("_")) and not name.startswith(ENVIRONMENT_PREFIX):
+            raise UsageError(
+                f"the environment variable {name} would be ignored",
+                f"two underscores go between its words: {ENVIRONMENT_PREFIX}SECTION__KEY",
+            )
         if name.startswith(ENVIRONMENT_PREFIX):
             put(tree, name[len(ENVIRONMENT_PREFIX) :].lower().split("__"), parse_value(value))
     return tree

@@ -133,6 +133,12 @@ def read_mask(path: str | os.PathLike[str]) -> NDArray[np.bool_]:
     return np.asarray(positive.any(axis=2)) if positive.ndim == 3 else positive
 
 
+def misfit(mask: NDArray[np.bool_], size: tuple[int, int]) -> str:
+    """Say in words that a mask ``(H, W)`` is not of the ``(height, width)`` of its image, upright; empty: it is."""
+    (height, width), (rows, columns) = size, mask.shape
+    return "" if (rows, columns) == (height, width) else f"mask is {columns}x{rows}, its image {width}x{height}"
+
+
 def resize_rgb(image: Image.Image, size: tuple[int, int]) -> RgbImage:
     """Resize to the network's input: bilinear with antialiasing, aspect ratio not kept.
 

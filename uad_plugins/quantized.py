@@ -16,6 +16,8 @@ from uad_plugins.evaluation.thresholds import Thresholds
 
 MANIFEST = "quantized.json"
 SCHEMA = "uadx.quantized/1"
+AGAIN = "copy the result again, or quantize again"
+"""What to do where a file of it is damaged."""
 
 
 class QuantizedManifest(BaseModel):
@@ -107,14 +109,14 @@ class Quantized:
             UadxError: It is missing, damaged, or of another version of the schema.
         """
         path = self.folder / MANIFEST
-        content = read_json(path)
+        content = read_json(path, AGAIN)
         schema = content.get("schema") if isinstance(content, Mapping) else None
         if schema != SCHEMA:
             raise UadxError(f"{path}: schema '{schema}' is not known to this version", "update uadx, or quantize again")
         try:
             return QuantizedManifest.model_validate(content)
         except ValidationError as error:
-            raise UadxError(f"{path}: damaged: {error.errors()[0]['msg']}") from error
+            raise UadxError(f"{path}: damaged: {error.errors()[0]['msg']}", AGAIN) from error
 
     def write_manifest(self, manifest: QuantizedManifest) -> None:
         """Write the manifest."""
@@ -123,7 +125,7 @@ class Quantized:
 
     def thresholds(self) -> Thresholds:
         """Read the decision thresholds."""
-        return Thresholds.from_dict(read_json(self.thresholds_file))
+        return Thresholds.read(self.thresholds_file)
 
     def source(self) -> dict[str, Any]:
         """Return where it came from, as ``Run.source`` of its run."""

@@ -16,7 +16,7 @@ from uad_plugins.cpu import cores
 from uad_plugins.data.layouts.walking import MASK_FOLDERS, is_normal, walk
 from uad_plugins.data.samples import ANOMALOUS, NORMAL, Sample, SampleTable, relative_to
 from uad_plugins.errors import UadxError
-from uad_plugins.imaging import ImageError, open_image, read_mask, read_rgb
+from uad_plugins.imaging import ImageError, misfit, open_image, read_mask, read_rgb
 from uad_plugins.progress import Progress
 
 ERROR, WARNING = "error", "warning"
@@ -179,8 +179,8 @@ def _inspect_mask(sample: Sample, size: tuple[int, int]) -> tuple[str, str] | No
         mask = read_mask(sample.mask)
     except ImageError as error:
         return "mask-unreadable", error.message.removeprefix(f"{sample.mask}: ")
-    if (mask.shape[1], mask.shape[0]) != size:
-        return "mask-size", f"mask is {mask.shape[1]}x{mask.shape[0]}, its image {size[0]}x{size[1]}"
+    if wrong := misfit(mask, (size[1], size[0])):
+        return "mask-size", wrong
     if not mask.any():
         return "mask-empty", "mask of an anomalous image marks no pixel" if sample.label == ANOMALOUS else ""
     return None

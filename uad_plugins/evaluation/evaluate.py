@@ -17,7 +17,7 @@ from uad_plugins.errors import UadxError, reason_of
 from uad_plugins.evaluation.metrics import CategoryMetrics
 from uad_plugins.evaluation.overlays import label, outline, overlay, panel
 from uad_plugins.evaluation.rows import ERROR, NO_THRESHOLD, describe, picture_names, plain_threshold, to_csv, verdict
-from uad_plugins.imaging import ImageError, read_mask, read_rgb, resize_mask
+from uad_plugins.imaging import ImageError, misfit, read_mask, read_rgb, resize_mask
 from uad_plugins.progress import Progress
 
 
@@ -90,7 +90,7 @@ def evaluate(
         error = prediction.failure
         mask = None
         if not error and sample.category in masked and prediction.anomaly_map is not None:
-            mask = _truth(sample, prediction.anomaly_map.shape, table, unreadable)
+            mask = _truth(sample, prediction, table, unreadable)
         if error:
             unreadable[table.relative(index)] = error
         else:
@@ -138,16 +138,21 @@ def _examples(table: SampleTable, count: int) -> set[int]:
 
 
 def _truth(
-    sample: Sample, shape: tuple[int, ...], table: SampleTable, unreadable: dict[str, str]
+    sample: Sample, prediction: Prediction, table: SampleTable, unreadable: dict[str, str]
 ) -> NDArray[np.bool_] | None:
     """Return the ground truth at the map's size; None where a defective image has no usable mask."""
+    assert prediction.anomaly_map is not None
+    height, width = shape = prediction.anomaly_map.shape
     if sample.mask:
         try:
-            return resize_mask(read_mask(sample.mask), (shape[0], shape[1]))
+            mask = read_mask(sample.mask)
+            reason = misfit(mask, prediction.size)
         except ImageError as error:
             reason = error.message.removeprefix(f"{sample.mask}: ")
-            unreadable[relative_to(sample.mask, table.root)] = f"{reason}; its image counts, its pixels do not"
-            return None
+        if not reason:
+            return resize_mask(mask, (height, width))
+        unreadable[relative_to(sample.mask, table.root)] = f"{reason}; its image counts, its pixels do not"
+        return None
     return np.zeros(shape, dtype=bool) if sample.label == NORMAL else None
 
 

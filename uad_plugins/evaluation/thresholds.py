@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from uad_plugins.artifacts import read_json
 from uad_plugins.errors import UadxError, UsageError
 
 if TYPE_CHECKING:
@@ -76,7 +78,7 @@ class Thresholds:
             The thresholds, and the names of those kept.
         """
         kept = {name: threshold for name, threshold in before.categories.items() if name not in self.categories}
-        whole = all(name in self.categories for name in [*kept, *categories])
+        whole = not math.isfinite(before.pooled.value) or all(name in self.categories for name in [*kept, *categories])
         names = [*sorted(kept), *([] if whole else ["pooled"])]
         if not names:
             return self, []
@@ -91,6 +93,20 @@ class Thresholds:
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
         return {"schema": SCHEMA, **asdict(self)}
+
+    @classmethod
+    def read(cls, path: Path) -> Thresholds:
+        """Read the file of a station; ``NO_THRESHOLDS`` where it has none: images get a score and no verdict.
+
+        Raises:
+            UadxError: It is damaged.
+        """
+        if not path.exists():
+            return NO_THRESHOLDS
+        try:
+            return cls.from_dict(read_json(path))
+        except UadxError as error:
+            raise UadxError(f"{path}: damaged: {error.message}", "remove it, and set them anew: uadx thresholds") from error
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Thresholds:
@@ -239,15 +255,15 @@ def best_f1(scores: NDArray[np.floating], labels: NDArray[np.integer]) -> Thresh
     return Threshold(middle if middle < lowest else below, "f1", negatives, positives)
 
 
-def check_request(method: str, target_fpr: float) -> None:
-    """Refuse a method or a rate that makes no sense.
+def check_request(method: str, target_fpr: float | None) -> None:
+    """Refuse a method or a rate that makes no sense; None is no rate.
 
     Raises:
         UsageError: See above.
     """
     if method not in {NORMAL_FPR, BEST_F1}:
         raise UsageError(f"unknown threshold method '{method}'", f"use {NORMAL_FPR} or {BEST_F1}")
-    if not 0 < target_fpr < 1:
+    if target_fpr is not None and not 0 < target_fpr < 1:
         raise UsageError(f"a false-positive rate of {target_fpr} makes no sense", "it is a share: above 0, below 1")
 
 

@@ -30,10 +30,8 @@ HUB, BUNDLED, CHECKPOINT = "hub", "bundled", "checkpoint"
 BUNDLED_ARCHITECTURE = "resnet18"
 BUNDLED_FILE = Path(__file__).parent / "assets" / "resnet18_layer3.safetensors"
 ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
-WAYS_OUT = (
-    "--weights bundled (resnet18 up to layer3, ships with uadx), --weights FILE_OR_FOLDER with a timm or torchvision "
-    "state dict, or --weights hub on a machine with a network"
-)
+ELSEWHERE = "--weights FILE_OR_FOLDER with a timm or torchvision state dict, or --weights hub on a machine with a network"
+WAYS_OUT = f"--weights bundled (resnet18 up to layer3, ships with uadx), {ELSEWHERE}"
 
 
 @dataclass(frozen=True)
@@ -148,7 +146,8 @@ def load_backbone(module: nn.Module, architecture: str, source: str) -> WeightsR
         state, record = _from_hub(architecture)
     elif source == BUNDLED:
         if bare != BUNDLED_ARCHITECTURE:
-            raise UadxError(f"the bundled weights are of {BUNDLED_ARCHITECTURE}, not {bare}", WAYS_OUT)
+            ways = f"--backbone {BUNDLED_ARCHITECTURE}, {ELSEWHERE}"
+            raise UadxError(f"the bundled weights are of {BUNDLED_ARCHITECTURE}, not {bare}", ways)
         state, record = _from_file(BUNDLED_FILE, bare, BUNDLED)
     else:
         state, record = _from_file(_find_file(Path(source).expanduser(), bare), bare, "file")

@@ -10,7 +10,7 @@ import torch
 from anomalib.models import AnomalibModule
 from numpy.typing import NDArray
 
-from uad_plugins.artifacts import Run, checked, read_json, sha256_of
+from uad_plugins.artifacts import Run, checked, sha256_of
 from uad_plugins.config import model_plugin
 from uad_plugins.detector import Detector
 from uad_plugins.errors import UadxError
@@ -65,7 +65,7 @@ class TorchDetector(Detector):
             raise UadxError(
                 f"{run.checkpoint}: is not the checkpoint that was trained", "its content has changed; train again"
             )
-        return cls.load(run, Thresholds.from_dict(read_json(run.thresholds_file)), device)
+        return cls.load(run, Thresholds.read(run.thresholds_file), device)
 
     @classmethod
     def load(cls, run: Run, thresholds: Thresholds = NO_THRESHOLDS, device: str | None = None) -> TorchDetector:

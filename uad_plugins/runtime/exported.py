@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from uad_plugins.deployment.bundle import Bundle, is_bundle
 from uad_plugins.detector import Detector
-from uad_plugins.evaluation.thresholds import NO_THRESHOLDS, Thresholds
+from uad_plugins.evaluation.thresholds import Thresholds
 from uad_plugins.imaging import RgbImage
 from uad_plugins.quantized import MANIFEST, Quantized
 
@@ -133,9 +133,8 @@ def find_model(path: Path, formats: tuple[str, ...]) -> Found | None:
     if name is None:
         return None
     station.check_files(manifest)
-    thresholds = station.thresholds() if station.thresholds_file.is_file() else NO_THRESHOLDS
     hashes = {file: str(entry["sha256"]) for file, entry in manifest.files.items()}
-    return Found(station.folder / name, manifest, thresholds, False, None, _key(name, hashes))
+    return Found(station.folder / name, manifest, station.thresholds(), False, None, _key(name, hashes))
 
 
 def _of_bundle(bundle: Bundle, formats: tuple[str, ...]) -> Found | None:

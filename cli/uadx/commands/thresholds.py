@@ -17,8 +17,8 @@ def thresholds(
         str, typer.Option("--method", help="normal-fpr (good images alone) or best-f1 (labelled).")
     ] = "normal-fpr",
     target_fpr: Annotated[
-        float, typer.Option("--target-fpr", help="Share of good parts that may be rejected (normal-fpr).")
-    ] = 0.01,
+        float | None, typer.Option("--target-fpr", help="Share of good parts that may be rejected; 0.01 unless given.")
+    ] = None,
     layout: Annotated[str | None, typer.Option("--layout", help="Data layout; as in training, or recognised.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show them, store nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
@@ -33,10 +33,13 @@ def thresholds(
     from uad_plugins.config import ratio_scale
     from uad_plugins.data.unseen import unseen
     from uad_plugins.detector import Prediction, open_detector
-    from uad_plugins.evaluation.thresholds import check_request, thresholds_from_samples
+    from uad_plugins.errors import UsageError
+    from uad_plugins.evaluation.thresholds import BEST_F1, check_request, thresholds_from_samples
     from uad_plugins.quantized import open_trained
 
     check_request(method, target_fpr)
+    if method == BEST_F1 and target_fpr is not None:
+        raise UsageError(f"--target-fpr is of normal-fpr, and {BEST_F1} aims at no rate", "leave one of them out")
     station = open_trained(run)
     samples, indices, held_out = unseen(data, layout, station.source())
     kind = "held out from training" if held_out else f"of {data}"
@@ -56,7 +59,7 @@ def thresholds(
             samples,
             indices,
             method=method,
-            target_fpr=target_fpr,
+            target_fpr=0.01 if target_fpr is None else target_fpr,
             kind=kind,
             ratio_scale=ratio_scale(station.manifest().model),
             progress=progress,

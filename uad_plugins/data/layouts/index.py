@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from uad_plugins.data.samples import ANOMALOUS, NORMAL, SPLITS, Sample
-from uad_plugins.errors import UadxError, nearest
+from uad_plugins.errors import UadxError
 
 SUMMARY = "a file index.csv or index.jsonl with columns path, category, split, label, optional mask"
 NAMES = ("index.csv", "index.jsonl", "index.ndjson")
@@ -49,8 +49,8 @@ def scan(root: Path) -> Iterator[Sample]:
         values = {key: "" if value is None else str(value).strip() for key, value in row.items()}
         for column in REQUIRED:
             if not values.get(column):
-                close = nearest(column, values)
-                hint = f"found '{close}'" if close and close not in COLUMNS else f"columns: {', '.join(COLUMNS)}"
+                foreign = [f"'{name}'" for name in values if name not in COLUMNS]
+                hint = f"columns: {', '.join(COLUMNS)}{'; not understood: ' if foreign else ''}{', '.join(foreign)}"
                 raise UadxError(f"{file}:{line}: no value for '{column}'", hint)
         label, split = LABELS.get(values["label"].lower()), SPLIT_NAMES.get(values["split"].lower())
         if label is None:

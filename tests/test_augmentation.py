@@ -163,14 +163,20 @@ def test_wrong_values_are_refused(wrong, message):
         small_config({"augmentation": wrong})
 
 
-@pytest.mark.parametrize(("enough", "passes"), [(recipe.ENOUGH, recipe.PASSES), (0.05, 2)])
-def test_the_recognition_of_products_learns_from_varied_images(products, tmp_path, monkeypatch, enough, passes):
-    """Until it has seen enough of them, at most so often, each time otherwise; if they are always the same, once."""
-    monkeypatch.setattr(recipe, "ENOUGH", enough)
+@pytest.fixture
+def seen(monkeypatch):
+    """Batches of images and products, by training, that telling products apart is learnt from."""
     seen, learn = [], RecognisingTeacher.learn
     monkeypatch.setattr(
         RecognisingTeacher, "learn", lambda self, found: learn(self, seen.append(found := list(found)) or found)
     )
+    return seen
+
+
+@pytest.mark.parametrize(("enough", "passes"), [(recipe.ENOUGH, recipe.PASSES), (0.05, 2)])
+def test_the_recognition_of_products_learns_from_varied_images(products, tmp_path, monkeypatch, seen, enough, passes):
+    """Until it has seen enough of them, at most so often, each time otherwise; if they are always the same, once."""
+    monkeypatch.setattr(recipe, "ENOUGH", enough)
     for over in ({}, {"contrast": 0.4, "share": 1.0}):
         options = {"model": {"options": {"conditional_norm": True}}, "trainer": {"max_epochs": 1}, "augmentation": over}
         small_run(products, tmp_path / str(len(seen)), options)
@@ -182,12 +188,8 @@ def test_the_recognition_of_products_learns_from_varied_images(products, tmp_pat
     assert torch.equal(often, once.repeat(passes))
 
 
-def test_the_recognition_of_products_has_seen_enough_of_any_number_of_images(products, tmp_path, monkeypatch):
+def test_the_recognition_of_products_has_seen_enough_of_any_number_of_images(products, tmp_path, monkeypatch, seen):
     """Or its memory would grow with them."""
-    seen, learn = [], RecognisingTeacher.learn
-    monkeypatch.setattr(
-        RecognisingTeacher, "learn", lambda self, found: learn(self, seen.append(found := list(found)) or found)
-    )
     over = {"model": {"options": {"conditional_norm": True, "synthetic_anomalies": 0.8}}, "data": {"train_batch_size": 2}}
     for enough, most in ((recipe.ENOUGH, recipe.MOST), (0, 4)):
         monkeypatch.setattr(recipe, "ENOUGH", enough)

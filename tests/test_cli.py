@@ -110,6 +110,15 @@ def test_debug_shows_where(tmp_path):
         main(["data", "check", str(tmp_path / "nowhere"), "--debug"])
 
 
+def test_a_recipe_of_another_method_is_noted(uadx, products, tmp_path):
+    words = ("--model", "stfpm", "--config", "reverse_distillation", "--weights", "bundled", "--out", tmp_path / "run")
+    status, _, err = uadx("train", products, *words)
+    # Its backbone is that of the recipe.
+    assert status == 1
+    assert "reverse_distillation.yaml is made for reverse_distillation; its settings are used for stfpm\n" in err
+    assert "the bundled weights are of resnet18, not wide_resnet50_2\nhint: --backbone resnet18, " in err
+
+
 def test_train_prints_one_json_document(uadx, products, tmp_path):
     words = ["train", products, "--model", "stfpm", "--weights", "bundled", "--image-size", "64", "--epochs", "1"]
     words += ["--out", tmp_path / "run", "--json", "--set", "data.num_workers=0", "data.train_batch_size=8"]

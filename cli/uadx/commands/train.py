@@ -64,8 +64,12 @@ def train(
         if value is not None:
             put(flags, path, value)
     config = find_config(config) if config else None
-    given = merge(merge(read_yaml(config) if config else {}, from_environment()), flags)
+    file = read_yaml(config) if config else {}
+    given = merge(merge(file, from_environment()), flags)
     resolved = resolve(file=config, flags=flags)
+    meant = (file.get("model") or {}).get("name", resolved.model.name)
+    if meant != resolved.model.name:
+        note(f"note: {config} is made for {meant}; its settings are used for {resolved.model.name}")
     try:
         from uad_plugins.training.train import train as run_training
     except ModuleNotFoundError as error:

@@ -189,7 +189,7 @@ class Run:
         """
         if not self.split_file.is_file():
             return None
-        content = read_json(self.split_file)
+        content = read_json(self.split_file, AGAIN)
         if not isinstance(content, Mapping) or not isinstance(content.get("val"), list):
             raise UadxError(f"{self.split_file}: damaged: no list 'val'", AGAIN)
         return set(content["val"])
